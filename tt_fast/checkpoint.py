@@ -1,0 +1,222 @@
+"""A trained model on disk: weights, config, discretizer and where they come from. No pickles.
+
+weights.safetensors   parameters by the original's names
+config.json           the ModelConfig, and the SHA-256 of every other file
+discretizer.npz       thresholds (absent if there is no discretizer)
+metadata.json         environment, dataset, discount, losses, versions, git commit
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import subprocess
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from tt_fast.config import ModelConfig, config_from_dict, config_to_dict
+from tt_fast.discretizer import Discretizer
+from tt_fast.files import atomic_folder
+from tt_fast.model import TrajectoryTransformer
+
+_FORMAT = 1
+_WEIGHTS, _CONFIG = "weights.safetensors", "config.json"
+_DISCRETIZER, _METADATA = "discretizer.npz", "metadata.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model, its discretizer and what is known about them."""
+
+    model: TrajectoryTransformer
+    """In eval mode, on the CPU, after `load`"""
+    discretizer: Discretizer | None
+    """None if there is none; a Planner then refuses"""
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """JSON values: env_id, dataset, discount, ref_scores, train_config, losses, versions, ..."""
+
+    def save(self, folder: str | Path) -> Path:
+        """Write a new checkpoint folder, whole or not at all.
+
+        Raises:
+            FileExistsError: `folder` exists and is not empty.
+        """
+        with atomic_folder(folder) as temporary:
+            self.write(temporary)
+        return Path(folder)
+
+    def write(self, folder: Path) -> None:
+        """Write the files of `save` into an existing folder."""
+        weights = {k: v.detach().cpu().contiguous() for k, v in self.model.state_dict().items()}
+        save_file(weights, folder / _WEIGHTS)
+        _write_json(folder / _METADATA, self.metadata)
+        if self.discretizer is not None:
+            np.savez(folder / _DISCRETIZER, thresholds=self.discretizer.thresholds)
+        others = [p for p in (_WEIGHTS, _METADATA, _DISCRETIZER) if (folder / p).exists()]
+        config = {
+            "format": _FORMAT,
+            "model": config_to_dict(self.model.config),
+            "sha256": {name: _sha256(folder / name) for name in others},
+        }
+        _write_json(folder / _CONFIG, config)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Checkpoint:
+        """Read a checkpoint folder, or the newest checkpoint of a run folder.
+
+        Raises:
+            FileNotFoundError: no checkpoint there.
+            ValueError: damaged, or its files do not belong together; the message says which.
+        """
+        folder = resolve(folder)
+        header = _read_json(folder / _CONFIG)
+        _check_header(folder, header)
+        config = config_from_dict(ModelConfig, header["model"])
+        model = _load_model(folder / _WEIGHTS, config)
+        discretizer = None
+        if _DISCRETIZER in header["sha256"]:
+            discretizer = _load_discretizer(folder / _DISCRETIZER, config)
+        return cls(model, discretizer, _read_json(folder / _METADATA))
+
+
+def resolve(folder: str | Path) -> Path:
+    """`folder` itself if it is a checkpoint, else its newest one under checkpoints/.
+
+    Raises:
+        FileNotFoundError: neither.
+    """
+    folder = Path(folder)
+    if (folder / _CONFIG).is_file():
+        return folder
+    newest = newest_checkpoint(folder)
+    if newest is None:
+        raise FileNotFoundError(
+            f"{folder}: expected a checkpoint ({_CONFIG}, {_WEIGHTS}) or a run folder with "
+            "checkpoints/, got neither"
+        )
+    return newest
+
+
+def newest_checkpoint(run_folder: Path) -> Path | None:
+    """The checkpoint of a run with the most steps, or None; they appear whole, by renaming."""
+    found = sorted((run_folder / "checkpoints").glob("step_*"), key=lambda p: p.name)
+    return found[-1] if found else None
+
+
+def origin() -> dict[str, Any]:
+    """Versions of what made a checkpoint, and the git commit of a source checkout (else None)."""
+    versions = {name: _version(name) for name in ("tt_fast", "torch", "numpy")}
+    return {
+        "versions": {"python": platform.python_version(), **versions},
+        "git_commit": _git_commit(Path(__file__).parent),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_commit(folder: Path) -> str | None:
+    # --show-prefix is empty in a repository's root only: an installed copy that happens to lie in
+    # somebody else's repository is not that repository's commit
+    command = ["git", "-C", str(folder.parent), "rev-parse", "--show-prefix", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    prefix, _, commit = done.stdout.partition("\n")
+    return commit.strip() if prefix == "" else None
+
+
+def _check_header(folder: Path, header: Mapping[str, Any]) -> None:
+    if header.get("format") != _FORMAT:
+        raise ValueError(
+            f"{folder / _CONFIG}: expected format {_FORMAT}, got {header.get('format')!r}"
+        )
+    sums = header.get("sha256")
+    if not isinstance(sums, dict) or not isinstance(header.get("model"), dict):
+        raise ValueError(
+            f"{folder / _CONFIG}: expected keys model and sha256, got {sorted(header)}"
+        )
+    for name in {_WEIGHTS, _METADATA, *sums}:
+        if name not in (_WEIGHTS, _METADATA, _DISCRETIZER):
+            raise ValueError(f"{folder / _CONFIG}: expected known file names, got {name!r}")
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"{path}: expected a file that {_CONFIG} lists, got none")
+        if _sha256(path) != sums.get(name):
+            raise ValueError(f"{path}: damaged: its SHA-256 is not the one in {_CONFIG}")
+
+
+def _load_model(path: Path, config: ModelConfig) -> TrajectoryTransformer:
+    with torch.device(
+        "meta"
+    ):  # shapes only: a config must not make us allocate before it is checked
+        expected = {
+            k: tuple(v.shape) for k, v in TrajectoryTransformer(config).state_dict().items()
+        }
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}  # noqa: SIM118
+            _check_shapes(path, expected, found)
+            weights = {k: file.get_tensor(k) for k in expected}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: damaged safetensors file: {error}") from error
+    for name, tensor in weights.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{path}: {name}: expected finite weights, got NaN or Inf")
+    model = TrajectoryTransformer(config)
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def _check_shapes(path: Path, expected: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    for name in sorted(expected.keys() | found.keys()):
+        want, got = expected.get(name), found.get(name)
+        if want != got:
+            raise ValueError(f"{path}: {name}: expected shape {want} by {_CONFIG}, got {got}")
+
+
+def _load_discretizer(path: Path, config: ModelConfig) -> Discretizer:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            thresholds = arrays["thresholds"]
+    except (KeyError, OSError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: damaged: expected an array `thresholds`: {error}") from error
+    shape = (config.vocab_size + 1, config.transition_dim)
+    if thresholds.shape != shape:
+        raise ValueError(
+            f"{path}: expected thresholds {shape} by {_CONFIG}, got {thresholds.shape}"
+        )
+    return Discretizer(thresholds)
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: expected a JSON file: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
+    return values

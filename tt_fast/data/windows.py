@@ -1,0 +1,220 @@
+"""From a dataset to what the model trains on: transitions, then windows of tokens.
+
+Source: trajectory/datasets/sequence.py and d4rl.py of the original, design section 3.4.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tt_fast.data.episodes import OfflineDataset
+from tt_fast.validate import require, require_int
+
+
+@dataclass(frozen=True)
+class Transitions:
+    """Rows [observation, action, reward, value] of all paths, one after another."""
+
+    values: NDArray[np.float64]
+    """(num_steps, transition_dim)"""
+    path_lengths: NDArray[np.int64]
+    """(num_paths,), summing to num_steps"""
+    max_path_length: int
+    """Steps past which windows are not trained"""
+
+
+def build_transitions(
+    dataset: OfflineDataset,
+    *,
+    discount: float,
+    termination_penalty: float | None,
+    max_path_length: int = 1000,
+) -> Transitions:
+    """Join observation, action, reward and value of every step but the file's last raw row.
+
+    The last raw row is left out as in the original (d4rl.py:49 runs to N - 1). The reward at a real
+    termination is replaced by `termination_penalty` unless that is None (sequence.py:87-89). The
+    value of step t is the discounted sum of the rewards after t, reward t excluded.
+
+    Raises:
+        ValueError: fewer than two rows, or an episode longer than `max_path_length`.
+    """
+    num_steps = dataset.num_steps - 1
+    require(num_steps >= 1, "dataset", "at least 2 rows", dataset.num_steps)
+    path_lengths = _path_lengths(dataset, num_steps)
+    longest = int(path_lengths.max())
+    fits = longest <= max_path_length
+    require(fits, "max_path_length", f"at least the longest episode's {longest}", max_path_length)
+
+    rewards = dataset.rewards[:num_steps].astype(np.float64)
+    if termination_penalty is not None:
+        rewards[dataset.terminations[:num_steps]] = termination_penalty
+    values = discounted_values(rewards, path_lengths, discount)
+    columns = [dataset.observations[:num_steps], dataset.actions[:num_steps]]
+    rows = np.concatenate([*columns, rewards[:, None], values[:, None]], axis=1, dtype=np.float64)
+    return Transitions(rows, path_lengths, max_path_length)
+
+
+def _path_lengths(dataset: OfflineDataset, num_steps: int) -> NDArray[np.int64]:
+    """Lengths of the episodes within the first `num_steps` rows; the last may be open."""
+    ends = np.flatnonzero((dataset.terminations | dataset.truncations)[:num_steps]) + 1
+    bounds = np.unique(np.concatenate([[0], ends, [num_steps]]))
+    return np.diff(bounds).astype(np.int64)
+
+
+def discounted_values(
+    rewards: NDArray[np.float64], path_lengths: NDArray[np.int64], discount: float
+) -> NDArray[np.float64]:
+    """Discounted sum of the rewards after each step, within its path.
+
+    Args:
+        rewards: (num_steps,).
+        path_lengths: (num_paths,), summing to num_steps.
+        discount: factor per step; the reward right after a step has weight 1 (sequence.py:106-110).
+
+    Returns:
+        (num_steps,) float64; 0 at the last step of a path.
+    """
+    values = np.empty(len(rewards))
+    path_ends = set(np.cumsum(path_lengths) - 1)
+    after = 0.0
+    for t, reward in zip(range(len(rewards) - 1, -1, -1), rewards[::-1].tolist(), strict=True):
+        if t in path_ends:
+            after = 0.0
+        values[t] = after
+        after = reward + discount * after
+    return values
+
+
+class WindowBatch(NamedTuple):
+    """Windows as the model takes them; T = num_transitions * transition_dim - 1."""
+
+    inputs: torch.Tensor
+    """(batch, T) int64 tokens"""
+    targets: torch.Tensor
+    """(batch, T) int64 tokens, `inputs` one position on"""
+    mask: torch.Tensor
+    """(batch, T) bool, False where the input token lies past the maximum path length"""
+
+
+class TokenWindows:
+    """All windows over tokens of paths, gathered by index.
+
+    A window starts at every step of a path but its last (sequence.py:121-126) and takes every
+    `step`-th transition; past the path's end all its tokens are the stop token.
+
+    Args:
+        tokens: (num_steps, transition_dim) tokens of all paths, kept in the smallest integer type.
+        path_lengths: (num_paths,), summing to num_steps.
+        num_transitions: transitions of a window.
+        stop_token: id that fills a window past its path's end (vocab_size).
+        step: environment steps between two transitions of a window.
+        max_path_length: windows are masked past it (sequence.py:172-176).
+
+    Raises:
+        ValueError: shapes that do not fit, or no path of two or more steps.
+    """
+
+    def __init__(
+        self,
+        tokens: NDArray[np.integer],
+        path_lengths: NDArray[np.int64],
+        num_transitions: int,
+        stop_token: int,
+        *,
+        step: int = 1,
+        max_path_length: int = 1000,
+    ) -> None:
+        require(tokens.ndim == 2, "tokens", "shape (num_steps, transition_dim)", tokens.shape)
+        total = int(np.sum(path_lengths))
+        require(len(tokens) == total, "tokens", f"{total} rows, as path_lengths sums", len(tokens))
+        require_int("num_transitions", num_transitions, 1)
+        require_int("step", step, 1)
+        self.num_transitions, self.stop_token, self.step = num_transitions, stop_token, step
+        self.max_path_length = max_path_length
+        self.transition_dim = tokens.shape[1]
+        self.indices = _window_starts(path_lengths)
+        require(len(self.indices) > 0, "path_lengths", "an episode of 2 or more steps", "none")
+
+        small = torch.uint8 if stop_token <= 255 else torch.int32
+        # one more row of stop tokens at the end: every step past a path's end points there
+        stop_row = np.full((1, self.transition_dim), stop_token, dtype=np.int64)
+        self._tokens = torch.from_numpy(np.concatenate([tokens, stop_row])).to(small)
+        self._path_lengths = torch.from_numpy(np.asarray(path_lengths, dtype=np.int64))
+        self._path_starts = torch.cumsum(self._path_lengths, 0) - self._path_lengths
+        self._indices = torch.from_numpy(self.indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def window_len(self) -> int:
+        """Tokens of a window's inputs: num_transitions * transition_dim - 1."""
+        return self.num_transitions * self.transition_dim - 1
+
+    def token_bytes(self) -> bytes:
+        """All tokens as bytes, to tell one dataset from another."""
+        return self._tokens.numpy().tobytes() + self._path_lengths.numpy().tobytes()
+
+    def gather(self, window_ids: torch.Tensor) -> WindowBatch:
+        """The windows with these ids (batch,) int64."""
+        path_idx, start = self._indices[window_ids].unbind(1)
+        # path_steps: (batch, num_transitions), steps since the path's start
+        path_steps = start[:, None] + torch.arange(self.num_transitions) * self.step
+        inside = path_steps < self._path_lengths[path_idx, None]
+        rows = self._path_starts[path_idx, None] + path_steps
+        rows = torch.where(inside, rows, len(self._tokens) - 1)
+        tokens = self._tokens[rows].long().flatten(1)
+        trained = path_steps <= self.max_path_length - self.step
+        mask = trained.repeat_interleave(self.transition_dim, dim=1)
+        return WindowBatch(tokens[:, :-1], tokens[:, 1:], mask[:, :-1])
+
+    def goals(self, window_ids: torch.Tensor, observation_dim: int) -> torch.Tensor:
+        """(batch, observation_dim) int64: the last observation of each window's path.
+
+        Source: GoalDataset, trajectory/datasets/sequence.py:189-201.
+        """
+        path_idx = self._indices[window_ids, 0]
+        last = self._path_starts[path_idx] + self._path_lengths[path_idx] - 1
+        return self._tokens[last, :observation_dim].long()
+
+
+def _window_starts(path_lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(num_windows, 2): path index and first step of every window."""
+    counts = np.maximum(np.asarray(path_lengths, dtype=np.int64) - 1, 0)
+    path_idx = np.repeat(np.arange(len(counts)), counts)
+    first = np.repeat(np.cumsum(counts) - counts, counts)
+    return np.stack([path_idx, np.arange(len(path_idx)) - first], axis=1)
+
+
+def marginal_entropies(
+    windows: TokenWindows, max_windows: int = 100_000
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Loss of the best prediction that knows only a token's dimension.
+
+    Args:
+        windows: where targets are counted, the masked ones left out.
+        max_windows: at most so many, evenly spaced.
+
+    Returns:
+        Entropy of each dimension's target tokens, nats, and how many were counted; both
+        (transition_dim,).
+    """
+    dims, num_ids = windows.transition_dim, windows.stop_token + 1
+    target_dims = (torch.arange(windows.window_len) + 1) % dims
+    chosen = torch.linspace(0, len(windows) - 1, min(len(windows), max_windows)).long()
+    counts = torch.zeros(dims * num_ids, dtype=torch.int64)
+    for window_ids in chosen.split(4096):
+        batch = windows.gather(window_ids)
+        cells = (batch.targets + target_dims * num_ids)[batch.mask]
+        counts += torch.bincount(cells, minlength=dims * num_ids)
+    table = counts.view(dims, num_ids).numpy()
+    totals = table.sum(axis=1)
+    share = table / np.maximum(totals, 1)[:, None]
+    entropies = -(share * np.log(np.where(share > 0, share, 1.0))).sum(axis=1)
+    return entropies, totals

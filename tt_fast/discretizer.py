@@ -1,0 +1,194 @@
+"""Continuous transitions to tokens and back, one set of bins per dimension."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from tt_fast.config import Strategy
+from tt_fast.validate import require, require_choice, require_int
+
+Floats = NDArray[np.float64]
+Tokens = NDArray[np.int64]
+
+_ALL = slice(None)
+
+
+class Discretizer:
+    """Bins of a transition's dimensions; a token is the index of a bin.
+
+    Source: trajectory/utils/discretization.py. A value's token is the largest threshold index not
+    above it, clipped to [0, num_bins - 1]; a token decodes as its bin's midpoint.
+
+    Args:
+        thresholds: (num_bins + 1, transition_dim), ascending in each column; duplicates are legal
+            (sparse rewards). Kept as float64.
+
+    Raises:
+        ValueError: wrong shape, not finite, or a column that descends.
+    """
+
+    def __init__(self, thresholds: ArrayLike) -> None:
+        edges = np.array(thresholds, dtype=np.float64)
+        shape_ok = edges.ndim == 2 and edges.shape[0] >= 2 and edges.shape[1] >= 1
+        require(shape_ok, "thresholds", "shape (num_bins + 1, transition_dim)", edges.shape)
+        require(bool(np.isfinite(edges).all()), "thresholds", "finite numbers", "NaN or Inf")
+        descending = np.flatnonzero((np.diff(edges, axis=0) < 0).any(axis=0))
+        ascending = descending.size == 0
+        require(ascending, "thresholds", "ascending columns", f"descents in {descending.tolist()}")
+        edges.setflags(write=False)
+        self.thresholds: Floats = edges
+
+    @classmethod
+    def fit(
+        cls, transitions: ArrayLike, num_bins: int = 100, strategy: Strategy = "quantile"
+    ) -> Discretizer:
+        """Bins of equal mass ("quantile") or equal width ("uniform") for each column.
+
+        Args:
+            transitions: (num_steps, transition_dim), finite.
+            num_bins: bins per dimension.
+            strategy: quantile thresholds are every ceil(num_steps / num_bins)-th sorted value and
+                the maximum (discretization.py:13-19), taken in float64.
+
+        Raises:
+            ValueError: bad shape, NaN or Inf (with its row and column), or too few rows for
+                `num_bins` quantiles; the message names the largest number that works.
+        """
+        columns = np.asarray(transitions, dtype=np.float64)
+        shape_ok = columns.ndim == 2 and columns.shape[0] >= 1 and columns.shape[1] >= 1
+        require(shape_ok, "transitions", "shape (num_steps, transition_dim)", columns.shape)
+        _require_finite("transitions", columns)
+        require_int("num_bins", num_bins, 1)
+        require_choice("strategy", strategy, ("quantile", "uniform"))
+        if strategy == "uniform":
+            low, high = columns.min(axis=0), columns.max(axis=0)
+            return cls(np.linspace(low, high, num_bins + 1))
+        return cls(_quantile_thresholds(columns, num_bins))
+
+    @property
+    def num_bins(self) -> int:
+        """Bins per dimension."""
+        return self.thresholds.shape[0] - 1
+
+    @property
+    def transition_dim(self) -> int:
+        """Number of dimensions."""
+        return self.thresholds.shape[1]
+
+    def encode(self, x: ArrayLike, dims: slice = _ALL) -> Tokens:
+        """Tokens of values.
+
+        Args:
+            x: (n, dims) finite values of the dimensions `dims`; out-of-range ones go to the first
+                or last bin.
+            dims: which columns of `thresholds` the columns of `x` are.
+
+        Returns:
+            (n, dims) int64 tokens in [0, num_bins - 1].
+        """
+        edges = self.thresholds[:, dims]
+        values = np.asarray(x, dtype=np.float64)
+        shape_ok = values.ndim == 2 and values.shape[1] == edges.shape[1]
+        require(shape_ok, "x", f"shape (n, {edges.shape[1]})", values.shape)
+        _require_finite("x", values)
+        tokens = np.empty(values.shape, dtype=np.int64)
+        for i in range(values.shape[1]):
+            tokens[:, i] = np.searchsorted(edges[:, i], values[:, i], side="right") - 1
+        return np.clip(tokens, 0, self.num_bins - 1, out=tokens)
+
+    def decode(self, tokens: ArrayLike, dims: slice = _ALL) -> Floats:
+        """Midpoints of the tokens' bins; a stop token decodes as bin num_bins - 1.
+
+        Args:
+            tokens: (n, dims) integers; outside [0, num_bins - 1] they are clipped, as in
+                discretization.py:90-92.
+            dims: which dimensions the columns are.
+
+        Returns:
+            (n, dims) float64.
+        """
+        edges = self.thresholds[:, dims]
+        ids = np.asarray(tokens)
+        require(np.issubdtype(ids.dtype, np.integer), "tokens", "integers", ids.dtype)
+        shape_ok = ids.ndim == 2 and ids.shape[1] == edges.shape[1]
+        require(shape_ok, "tokens", f"shape (n, {edges.shape[1]})", ids.shape)
+        midpoints = (edges[:-1] + edges[1:]) / 2.0
+        bins = np.clip(ids.astype(np.int64), 0, self.num_bins - 1)
+        return np.take_along_axis(midpoints, bins, axis=0)
+
+    def expectation(self, probs: ArrayLike, dim: int) -> Floats:
+        """Mean of a distribution over bins, NOT renormalised (discretization.py:107-122).
+
+        Args:
+            probs: (n, num_bins) probabilities, the stop token's column already dropped: its mass
+                counts as value 0.
+            dim: the dimension, may be negative.
+
+        Returns:
+            (n,) float64.
+        """
+        weights = self._check_probs(probs).astype(np.float64)
+        edges = self.thresholds[:, dim]
+        return (weights @ edges[:-1] + weights @ edges[1:]) / 2.0
+
+    def percentile(self, probs: ArrayLike, q: float, dim: int) -> Floats:
+        """Percentile of a distribution over bins, as the original takes it.
+
+        With i the first bin whose cumulative probability passes `q`, the result is the midpoint of
+        bin i - 1; for i = 0, and where no bin passes, it wraps to (max + min) / 2
+        (discretization.py:124-141).
+
+        Args:
+            probs: (n, num_bins) probabilities, the stop token's column dropped. Cumulated in their
+                own dtype.
+            q: in (0, 1).
+            dim: the dimension, may be negative.
+
+        Returns:
+            (n,) float64.
+        """
+        require(0.0 < q < 1.0, "q", "a percentile in (0, 1)", q)
+        passes = np.cumsum(self._check_probs(probs), axis=-1) > q
+        first = np.argmax(passes, axis=-1)  # 0 where none passes
+        edges = self.thresholds[:, dim]
+        return (edges[first - 1] + edges[first]) / 2.0
+
+    def _check_probs(self, probs: ArrayLike) -> NDArray[Any]:
+        weights = np.asarray(probs)
+        shape_ok = weights.ndim == 2 and weights.shape[1] == self.num_bins
+        require(shape_ok, "probs", f"shape (n, {self.num_bins})", weights.shape)
+        return weights
+
+    def __repr__(self) -> str:
+        return f"Discretizer(num_bins={self.num_bins}, transition_dim={self.transition_dim})"
+
+
+def _quantile_thresholds(columns: Floats, num_bins: int) -> Floats:
+    """Every stride-th sorted value and the maximum; (num_bins + 1, transition_dim)."""
+    num_steps = len(columns)
+    if not _quantiles_exist(num_steps, num_bins):
+        largest = next(n for n in range(num_bins, 0, -1) if _quantiles_exist(num_steps, n))
+        expected = f"at most {largest} for {num_steps} rows (the largest that works)"
+        require(False, "num_bins", expected, num_bins)
+    ordered = np.sort(columns, axis=0)
+    stride = _stride(num_steps, num_bins)
+    return np.concatenate([ordered[::stride], ordered[-1:]])
+
+
+def _stride(num_steps: int, num_bins: int) -> int:
+    return -(-num_steps // num_bins)
+
+
+def _quantiles_exist(num_steps: int, num_bins: int) -> bool:
+    # sorted[::stride] has num_bins entries only if its last index lies inside
+    return (num_bins - 1) * _stride(num_steps, num_bins) < num_steps
+
+
+def _require_finite(name: str, values: Floats) -> None:
+    if not np.isfinite(values).all():
+        row, column = np.argwhere(~np.isfinite(values))[0]
+        got = f"{values[row, column]} at row {row}, column {column}"
+        require(False, name, "finite numbers", got)

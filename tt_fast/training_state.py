@@ -1,0 +1,128 @@
+"""What a run needs besides its weights to continue bit for bit: optimizer, random state, position.
+
+Kept as training_state.safetensors beside a checkpoint's files: tensors by name, the rest as JSON in
+the header.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from tt_fast.config import ModelConfig, TrainConfig, config_to_dict
+from tt_fast.metrics import LOSS_NAMES
+from tt_fast.model import TrajectoryTransformer
+from tt_fast.validate import require
+
+_STATE = "training_state.safetensors"
+#: Fields that a resumed run may change; all others decide the result.
+_FREE_FIELDS = {
+    "max_tokens", "max_epochs", "max_minutes", "device", "log_steps", "checkpoint_steps",
+    "checkpoint_minutes",
+}  # fmt: skip
+
+
+@dataclass
+class Position:
+    """Where a run stands; saved with every checkpoint."""
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    """Next batch of the epoch"""
+    tokens: int = 0
+    windows: int = 0
+    seconds: float = 0.0
+    sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(LOSS_NAMES, 0.0))
+    """Losses summed since the last row of metrics.csv"""
+    sum_steps: int = 0
+    losses: dict[str, float] = field(default_factory=dict)
+    """Means of the last row, by kind"""
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """What decides a run's result; a resumed run must have the same."""
+
+    model_config: ModelConfig
+    train_config: TrainConfig
+    tokens_sha256: str
+
+    def to_dict(self) -> dict[str, dict[str, object]]:
+        """As it is kept, the fields that may change left out."""
+        train_config = config_to_dict(self.train_config)
+        return {
+            "model_config": config_to_dict(self.model_config),
+            "train_config": {k: v for k, v in train_config.items() if k not in _FREE_FIELDS},
+            "dataset": {"tokens_sha256": self.tokens_sha256},
+        }
+
+
+def write_state(
+    folder: Path,
+    identity: RunIdentity,
+    position: Position,
+    model: TrajectoryTransformer,
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """Write the state file into a checkpoint folder."""
+    device = model.pos_emb.device
+    tensors = {"rng": torch.get_rng_state()}
+    if device.type == "cuda":
+        tensors["rng_cuda"] = torch.cuda.get_rng_state(device)
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"{key}/{name}"] = value.detach().cpu().contiguous()
+    about = {
+        "position": json.dumps(dataclasses.asdict(position)),
+        "identity": json.dumps(identity.to_dict()),
+    }
+    save_file(tensors, folder / _STATE, metadata=about)
+
+
+def read_state(
+    folder: Path,
+    identity: RunIdentity,
+    model: TrajectoryTransformer,
+    optimizer: torch.optim.Optimizer,
+) -> Position:
+    """Put optimizer and random state of a checkpoint folder in place; returns its position.
+
+    Raises:
+        ValueError: damaged or absent, or of a run with another identity; the message names what.
+    """
+    try:
+        with safe_open(folder / _STATE, framework="pt") as file:
+            about = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{folder / _STATE}: absent or damaged, cannot resume: {error}") from error
+    _check_identity(folder, json.loads(about["identity"]), identity)
+    device = model.pos_emb.device
+    for name, parameter in model.named_parameters():
+        # AdamW keeps its step count on the CPU, the averages where the parameter is
+        optimizer.state[parameter] = {
+            "step": tensors[f"step/{name}"],
+            "exp_avg": tensors[f"exp_avg/{name}"].to(device),
+            "exp_avg_sq": tensors[f"exp_avg_sq/{name}"].to(device),
+        }
+    torch.set_rng_state(tensors["rng"])
+    if device.type == "cuda" and "rng_cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["rng_cuda"], device)
+    return Position(**json.loads(about["position"]))
+
+
+def _check_identity(
+    folder: Path, before: dict[str, dict[str, object]], identity: RunIdentity
+) -> None:
+    now = json.loads(json.dumps(identity.to_dict()))  # tuples become lists, as in `before`
+    for part, values in now.items():
+        for name, value in values.items():
+            was = before.get(part, {}).get(name)
+            require(was == value, f"{part}.{name}", f"{was!r}, to resume {folder}", value)

@@ -1,0 +1,39 @@
+"""One way to refuse bad input: name the argument, say what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+
+def require(condition: bool, name: str, expected: str, got: object) -> None:
+    """Raise ``ValueError("<name>: expected <expected>, got <got>")`` unless `condition` holds."""
+    if not condition:
+        raise ValueError(f"{name}: expected {expected}, got {got!r}")
+
+
+def require_int(name: str, value: Any, minimum: int, maximum: int | None = None) -> None:
+    """`value` is an integer (bool is not) in [minimum, maximum]."""
+    is_int = hasattr(value, "__index__") and not isinstance(value, bool)
+    require(is_int, name, "an integer", value)
+    upper = "" if maximum is None else f" and <= {maximum}"
+    inside = value >= minimum and (maximum is None or value <= maximum)
+    require(inside, name, f"an integer >= {minimum}{upper}", value)
+
+
+def require_number(
+    name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False
+) -> None:
+    """`value` is a finite real number in [low, high], or (low, high] with `open_low`."""
+    is_number = isinstance(value, (int, float)) or hasattr(value, "__float__")
+    finite = is_number and not isinstance(value, (bool, str)) and math.isfinite(float(value))
+    bracket = "(" if open_low else "["
+    require(finite, name, f"a finite number in {bracket}{low}, {high}]", value)
+    inside = (value > low if open_low else value >= low) and value <= high
+    require(inside, name, f"a number in {bracket}{low}, {high}]", value)
+
+
+def require_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    """`value` is one of `choices`."""
+    require(value in choices, name, "one of " + ", ".join(map(repr, choices)), value)
