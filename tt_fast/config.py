@@ -237,7 +237,7 @@ class PlanConfig:
         return self if self.discount is not None else dataclasses.replace(self, discount=discount)
 
 
-Config = TypeVar("Config", ModelConfig, TrainConfig, PlanConfig)
+Config = TypeVar("Config", bound=ModelConfig | TrainConfig | PlanConfig)
 
 
 def config_to_dict(config: ModelConfig | TrainConfig | PlanConfig) -> dict[str, Any]:
@@ -258,4 +258,5 @@ def config_from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
     missing = sorted(required - set(values))
     require(not missing, cls.__name__, f"keys {sorted(required)}", f"none for {missing}")
     # JSON has no tuples; a frozen config holds no lists.
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return cls(**fields)

@@ -71,12 +71,12 @@ class Discretizer:
     @property
     def num_bins(self) -> int:
         """Bins per dimension."""
-        return self.thresholds.shape[0] - 1
+        return len(self.thresholds) - 1
 
     @property
     def transition_dim(self) -> int:
         """Number of dimensions."""
-        return self.thresholds.shape[1]
+        return int(self.thresholds.shape[1])
 
     def encode(self, x: ArrayLike, dims: slice = _ALL) -> Tokens:
         """Tokens of values.
@@ -154,7 +154,8 @@ class Discretizer:
         passes = np.cumsum(self._check_probs(probs), axis=-1) > q
         first = np.argmax(passes, axis=-1)  # 0 where none passes
         edges = self.thresholds[:, dim]
-        return (edges[first - 1] + edges[first]) / 2.0
+        midpoints: Floats = (edges[first - 1] + edges[first]) / 2.0
+        return midpoints
 
     def _check_probs(self, probs: ArrayLike) -> NDArray[Any]:
         weights = np.asarray(probs)

@@ -47,7 +47,7 @@ class Attention(nn.Module):
 
     def _heads(self, x: Tensor) -> Tensor:
         # (B, T, E) -> (B, H, T, E / H)
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return x.view(*x.shape[:2], self.num_heads, -1).transpose(1, 2)
 
 
 class Block(nn.Module):
@@ -83,7 +83,8 @@ class DimensionHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # x: (N, D, E) -> (N, D, V + 1)
-        return torch.einsum("eoi,bei->beo", self.weight, x)
+        logits: Tensor = torch.einsum("eoi,bei->beo", self.weight, x)
+        return logits
 
 
 class TrajectoryTransformer(nn.Module):
@@ -205,7 +206,7 @@ class TrajectoryTransformer(nn.Module):
         shape_ok = tokens.ndim == 2 and 1 <= tokens.shape[1] <= config.block_size
         require(shape_ok, "tokens", f"shape (B, T), T <= {config.block_size}", tuple(tokens.shape))
         self._check_goal(goal, len(tokens))
-        x = self.tok_emb(self._offset(tokens)) + self.pos_emb[:, : tokens.shape[1]]
+        x: Tensor = self.tok_emb(self._offset(tokens)) + self.pos_emb[:, : tokens.shape[1]]
         x = self.drop(x)
         if goal is not None:
             x = torch.cat([self.goal_emb(self._offset(goal)), x], dim=1)
@@ -223,7 +224,7 @@ class TrajectoryTransformer(nn.Module):
         """(B, T, E) -> (B, T, V + 1), each position by its dimension's head."""
         num_tokens, transition_dim = x.shape[1], self.config.transition_dim
         x = F.pad(self.ln_f(x), (0, 0, 0, -num_tokens % transition_dim))
-        logits = self.head(x.reshape(-1, transition_dim, x.shape[-1]))
+        logits: Tensor = self.head(x.reshape(-1, transition_dim, x.shape[-1]))
         return logits.reshape(len(x), x.shape[1], -1)[:, :num_tokens]
 
     def _target_weights(self, num_tokens: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -22,7 +23,7 @@ def build_optimizer(model: TrajectoryTransformer, config: TrainConfig) -> torch.
         if isinstance(module, (torch.nn.Linear, DimensionHead))
     }
     parameters = dict(model.named_parameters())
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for n, p in parameters.items() if n in decayed]},
         {"params": [p for n, p in parameters.items() if n not in decayed], "weight_decay": 0.0},
     ]

@@ -103,17 +103,17 @@ class OfflineDataset:
     def __post_init__(self) -> None:
         steps = len(self.observations)
         require(steps > 0, "observations", "at least one row", self.observations.shape)
-        expected = {
-            "observations": (np.dtype(np.float32), (steps, *self.observations.shape[1:2])),
-            "actions": (np.dtype(np.float32), (steps, *self.actions.shape[1:2])),
-            "rewards": (np.dtype(np.float32), (steps,)),
-            "terminations": (np.dtype(np.bool_), (steps,)),
-            "truncations": (np.dtype(np.bool_), (steps,)),
-        }
-        for key, (dtype, shape) in expected.items():
+        for key, dtype, ndim in (
+            ("observations", "float32", 2),
+            ("actions", "float32", 2),
+            ("rewards", "float32", 1),
+            ("terminations", "bool", 1),
+            ("truncations", "bool", 1),
+        ):
             array = getattr(self, key)
-            fits = array.dtype == dtype and array.shape == shape
-            require(fits, key, f"{dtype} of shape {shape}", f"{array.dtype} of {array.shape}")
+            fits = array.dtype == dtype and array.ndim == ndim and len(array) == steps
+            got = f"{array.dtype} of shape {array.shape}"
+            require(fits, key, f"{dtype}, {ndim}-D, {steps} rows", got)
         ends = bool(self.terminations[-1] or self.truncations[-1])
         require(ends, "truncations", "True in the last row, or a termination there", False)
 
@@ -125,12 +125,12 @@ class OfflineDataset:
     @property
     def observation_dim(self) -> int:
         """Width of an observation."""
-        return self.observations.shape[1]
+        return int(self.observations.shape[1])
 
     @property
     def action_dim(self) -> int:
         """Width of an action."""
-        return self.actions.shape[1]
+        return int(self.actions.shape[1])
 
     @cached_property
     def episodes(self) -> tuple[slice, ...]:

@@ -150,7 +150,7 @@ class TokenWindows:
         self._indices = torch.from_numpy(self.indices)
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return self._indices.shape[0]
 
     @property
     def window_len(self) -> int:

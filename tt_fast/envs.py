@@ -1,0 +1,170 @@
+"""Gymnasium environments as the planner needs them: flat observations, bounded continuous actions.
+
+Gymnasium and MuJoCo are imported inside functions: training needs neither.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import warnings
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tt_fast.data.registry import trim_observations
+from tt_fast.validate import require
+
+MUJOCO_EXTRA = 'pip install "tt_fast[mujoco]"'
+
+
+class StepResult(NamedTuple):
+    """What an environment answers to an action."""
+
+    observation: NDArray[np.float64]
+    """(observation_dim,)"""
+    reward: float
+    terminated: bool
+    """The task ended."""
+    truncated: bool
+    """A time limit ended the episode."""
+
+
+@dataclass(frozen=True)
+class ControlEnv:
+    """One Gymnasium environment whose observations are trimmed as its dataset's are."""
+
+    env: Any
+    """The `gymnasium.Env`."""
+    env_id: str
+    observation_dim: int
+    """Width of an observation after trimming (ant 27, kitchen 30)."""
+    action_bounds: tuple[NDArray[np.float32], NDArray[np.float32]]
+    """Lowest and highest action, (action_dim,) each; infinite where there is no bound."""
+
+    @property
+    def action_dim(self) -> int:
+        """Width of an action."""
+        return len(self.action_bounds[0])
+
+    @property
+    def max_episode_steps(self) -> int | None:
+        """Steps after which an episode is truncated; None without a time limit."""
+        spec = self.env.spec
+        return None if spec is None else spec.max_episode_steps
+
+    def reset(self, seed: int) -> NDArray[np.float64]:
+        """Start the episode of this seed; its first observation, (observation_dim,)."""
+        observation, _ = self.env.reset(seed=seed)
+        return self._trim(observation)
+
+    def step(self, action: NDArray[np.float32]) -> StepResult:
+        """Apply an action (action_dim,)."""
+        observation, reward, terminated, truncated, _ = self.env.step(action)
+        return StepResult(self._trim(observation), float(reward), bool(terminated), bool(truncated))
+
+    def mujoco_state(self) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+        """Copies of MuJoCo's qpos (nq,) and qvel (nv,); None in another engine."""
+        data: Any = getattr(self.env.unwrapped, "data", None)
+        if not (hasattr(data, "qpos") and hasattr(data, "qvel")):
+            return None
+        return np.array(data.qpos, dtype=np.float64), np.array(data.qvel, dtype=np.float64)
+
+    def set_mujoco_state(self, qpos: NDArray[np.float64], qvel: NDArray[np.float64]) -> None:
+        """Put MuJoCo's simulation into a state: qpos (nq,) in m and rad, qvel (nv,) per s."""
+        self.env.unwrapped.set_state(qpos, qvel)
+
+    def render(self) -> NDArray[np.uint8]:
+        """The current picture, (height, width, 3); needs `make_env(..., render=True)`."""
+        return np.asarray(self.env.render(), dtype=np.uint8)
+
+    def close(self) -> None:
+        """Free the environment and its renderer."""
+        self.env.close()
+
+    def _trim(self, observation: Any) -> NDArray[np.float64]:
+        return _trimmed(observation, self.env_id)
+
+
+def make_env(env_id: str, *, render: bool = False) -> ControlEnv:
+    """Make an environment and check that a planner can act in it.
+
+    Args:
+        env_id: Gymnasium id, e.g. "Hopper-v4", or "module:id" where a module registers it.
+        render: make pictures off-screen; see `choose_opengl`.
+
+    Raises:
+        ImportError: Gymnasium, MuJoCo or the module of `env_id` is missing.
+        ValueError: no such environment, or a discrete, dict, tuple or image space.
+    """
+    if render:
+        choose_opengl()
+    env = _make_gymnasium(env_id, "rgb_array" if render else None)
+    try:
+        require_flat_box(env.observation_space, "observation_space", env_id)
+        require_flat_box(env.action_space, "action_space", env_id)
+        width = len(_trimmed(np.zeros(env.observation_space.shape), env_id))
+    except ValueError:
+        env.close()
+        raise
+    space = env.action_space
+    bounds = (np.asarray(space.low, np.float32), np.asarray(space.high, np.float32))
+    return ControlEnv(env, env_id, width, bounds)
+
+
+def require_flat_box(space: Any, name: str, env_id: str) -> None:
+    """`space` is a one-dimensional Box.
+
+    Raises:
+        ValueError: it is discrete, a dict, a tuple or an image; the message shows it.
+    """
+    from gymnasium.spaces import Box
+
+    is_box = isinstance(space, Box)
+    label = f"{name} of {env_id}"
+    is_image = is_box and len(space.shape) >= 2
+    require(not is_image, label, "a 1-D Box (images are not supported)", space)
+    require(is_box and len(space.shape) == 1, label, "a 1-D Box", space)
+
+
+def choose_opengl() -> None:
+    """Let MuJoCo draw without a display on Linux, unless MUJOCO_GL already says how.
+
+    MuJoCo reads this variable when it makes a renderer, and offers no argument for it; its own
+    default, GLFW, needs a running X server. EGL comes with the graphics driver or Mesa.
+    """
+    if sys.platform == "linux":
+        os.environ.setdefault("MUJOCO_GL", "egl")
+
+
+def engine_versions() -> dict[str, str | None]:
+    """Versions of Gymnasium and, where an environment has loaded it, MuJoCo."""
+    loaded = {name: sys.modules.get(name) for name in ("gymnasium", "mujoco")}
+    return {name: getattr(module, "__version__", None) for name, module in loaded.items()}
+
+
+def _make_gymnasium(env_id: str, render_mode: str | None) -> Any:
+    """`gymnasium.make`, its failures told apart."""
+    try:
+        import gymnasium
+    except ImportError as error:
+        raise ImportError(f"environments need gymnasium: {MUJOCO_EXTRA}") from error
+    try:
+        with warnings.catch_warnings():
+            # D4RL's scores belong to the physics of -v4, "out of date" to Gymnasium
+            warnings.filterwarnings("ignore", message=".*is out of date")
+            return gymnasium.make(env_id, render_mode=render_mode)
+    except (gymnasium.error.DependencyNotInstalled, ImportError) as error:
+        missing = importlib.util.find_spec("mujoco") is None
+        hint = f"; MuJoCo's environments need {MUJOCO_EXTRA}" if missing else ""
+        raise ImportError(f"env_id {env_id!r} cannot be made: {error}{hint}") from error
+    except gymnasium.error.Error as error:
+        raise ValueError(f"env_id: expected a Gymnasium id, got {env_id!r}: {error}") from error
+
+
+def _trimmed(observation: Any, env_id: str) -> NDArray[np.float64]:
+    # (width of the environment's,) -> (observation_dim,)
+    return np.asarray(trim_observations(np.asarray(observation), env_id), dtype=np.float64)

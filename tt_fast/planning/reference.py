@@ -1,0 +1,207 @@
+"""The oracle: the original's search line by line, nothing cached, nothing shared.
+
+Source: trajectory/search/core.py and sampling.py. Every other backend must equal this one.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tt_fast.config import DEFAULT_DISCOUNT, PlanConfig
+from tt_fast.discretizer import Discretizer
+from tt_fast.model import TrajectoryTransformer
+from tt_fast.planning.base import BeamPlan, BeamSequence, Draws, Floats, PlanTrace, Tokens
+from tt_fast.planning.sampling import draw, truncate
+
+#: (rows, 2, vocab_size + 1) raw probabilities -> estimated rewards and values, (rows,) float32
+Estimate = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+class ReferenceBackend:
+    """Plans with a full forward pass per token.
+
+    Args:
+        model: any device; put into eval mode while it plans, then back.
+        discretizer: its thresholds turn probabilities into rewards; `search` needs none.
+    """
+
+    name = "reference"
+
+    def __init__(self, model: TrajectoryTransformer, discretizer: Discretizer | None) -> None:
+        self.model = model
+        self.discretizer = discretizer
+
+    @torch.no_grad()
+    def plan(
+        self, contexts: Sequence[Tokens], config: PlanConfig, draws: Draws, *, trace: bool = False
+    ) -> BeamPlan:
+        """See `PlanBackend.plan`; contexts are planned one after another."""
+        dims = self.model.config
+        num_draws = config.num_draws(dims.observation_dim, dims.action_dim)
+        plans = []
+        with _evaluated(self.model, config.dtype) as model:
+            for i, context in enumerate(contexts):
+                uniforms = draws.uniforms(i, num_draws, config.num_rows)
+                plans.append(_BeamPlanner(self, model, config, uniforms).run(context))
+        tokens, scores, rewards, values, traces = zip(*plans, strict=True)
+        return BeamPlan(
+            np.stack(tokens), np.array(scores), np.stack(rewards), np.stack(values),
+            tuple(traces) if trace else None,
+        )  # fmt: skip
+
+    def select(self, scores: Floats, beam_width: int) -> Tokens:
+        """Rows to keep, best first: by score descending, then row ascending."""
+        return np.argsort(-scores, kind="stable")[:beam_width]
+
+    def estimate(self, probs: Tensor, estimate: str | float) -> tuple[Tensor, Tensor]:
+        """Reward and value of (rows, 2, vocab_size + 1) raw probabilities, as float32.
+
+        The stop token's probability is dropped, not renormalised (discretization.py:145-187).
+        """
+        assert self.discretizer is not None
+        pair = []
+        for i, dim in enumerate((-2, -1)):
+            bins = probs[:, i, :-1].cpu().numpy()
+            if isinstance(estimate, str):
+                numbers = self.discretizer.expectation(bins, dim)
+            else:
+                numbers = self.discretizer.percentile(bins, estimate, dim)
+            pair.append(torch.from_numpy(numbers).float())
+        return pair[0], pair[1]
+
+    @torch.no_grad()
+    def search(
+        self,
+        context: Tokens,
+        num_tokens: int,
+        *,
+        beam_width: int,
+        goal: Tokens | None,
+        top_k: int | None,
+        cdf: float | None,
+        temperature: float,
+    ) -> BeamSequence:
+        """See `PlanBackend.search` (core.py:98-131); crops at the model's own window."""
+        with _evaluated(self.model, "float32") as model:
+            device = model.pos_emb.device
+            x = torch.from_numpy(context)[None].to(device)
+            total = torch.zeros(1, 1, device=device)
+            for _ in range(num_tokens):
+                goals = (
+                    None if goal is None else torch.from_numpy(goal).to(device).expand(len(x), -1)
+                )
+                logits = last_logits(model, x, model.config.block_size, goals) / temperature
+                log_probs = truncate(logits, top_k, cdf).log_softmax(dim=-1)
+                candidates = total + log_probs  # (beams, vocab_size + 1)
+                kept = min(int((candidates > -math.inf).sum()), beam_width)
+                ordered, order = candidates.flatten().sort(descending=True, stable=True)
+                rows, tokens = (
+                    order[:kept] // candidates.shape[1],
+                    order[:kept] % candidates.shape[1],
+                )
+                x = torch.cat([x[rows], tokens[:, None]], dim=1)
+                total = ordered[:kept, None]
+        return BeamSequence(x[0].cpu().numpy(), total[:, 0].cpu().numpy())
+
+
+class _BeamPlanner:
+    """One plan of one context (core.py:11-96). R = beam_width * n_expand."""
+
+    def __init__(
+        self,
+        backend: ReferenceBackend,
+        model: TrajectoryTransformer,
+        config: PlanConfig,
+        uniforms: Floats,
+    ) -> None:
+        self.backend, self.model, self.config = backend, model, config
+        self.uniforms = torch.from_numpy(uniforms).to(model.pos_emb.device)
+        self.max_len = window_len(model, config)
+        self.drawn: list[Tokens] = []
+
+    def run(self, context: Tokens) -> tuple[Tokens, float, Tokens, Tokens, PlanTrace]:
+        """Tokens (horizon, transition_dim), score, rewards, values (horizon,) and the trace."""
+        config, dims = self.config, self.model.config
+        discount = DEFAULT_DISCOUNT if config.discount is None else config.discount
+        x = torch.from_numpy(context).to(self.uniforms.device).repeat(config.beam_width, 1)
+        returns = np.zeros(config.beam_width)  # discounted rewards so far, float64
+        path = np.zeros((config.beam_width, 2, 0), np.float32)  # rewards and values so far
+        factor = 1.0  # discount ** t, a running product: the same on every backend
+        steps = []
+        for t in range(config.horizon):
+            # copies as blocks: row i and row i + beam_width share a parent (core.py:54)
+            x = x.repeat(config.n_expand, 1)
+            x, _ = self._sample_n(x, dims.action_dim, config.k_act, config.cdf_act)
+            x, probs = self._sample_n(x, 2, config.k_rew, config.cdf_rew)
+            rewards, values = (e.numpy() for e in self.backend.estimate(probs, config.estimate))
+
+            returns = np.tile(returns, config.n_expand) + factor * rewards.astype(np.float64)
+            factor *= discount
+            scores = returns + factor * values.astype(np.float64)
+            parents = self.backend.select(scores, config.beam_width)
+            steps.append((rewards, values, scores, parents))
+
+            x, returns = x[torch.from_numpy(parents).to(x.device)], returns[parents]
+            path = np.tile(path, (config.n_expand, 1, 1))
+            path = np.dstack([path, np.stack([rewards, values], axis=1)])[parents]
+            if t < config.horizon - 1:
+                x, _ = self._sample_n(x, dims.observation_dim, config.k_obs, config.cdf_obs)
+        beams = x.cpu().numpy()
+        plan = beams[0].reshape(-1, dims.transition_dim)[-config.horizon :]
+        stacked = (np.stack(column) for column in zip(*steps, strict=True))
+        trace = PlanTrace(tuple(self.drawn), *stacked, beams)  # type: ignore[call-arg]
+        return plan, float(scores[parents[0]]), path[0, 0], path[0, 1], trace
+
+    def _sample_n(
+        self, x: Tensor, count: int, top_k: int | None, cdf: float | None
+    ) -> tuple[Tensor, Tensor]:
+        """Append `count` sampled tokens to x (rows, T); also raw probs (rows, count, V + 1)."""
+        raw = []
+        for _ in range(count):
+            logits = last_logits(self.model, x, self.max_len) / self.config.temperature
+            raw.append(logits.softmax(dim=-1))
+            probs = truncate(logits, top_k, cdf).softmax(dim=-1)
+            token = draw(probs, self.uniforms[len(self.drawn), : len(x)])
+            self.drawn.append(token.cpu().numpy())
+            x = torch.cat([x, token[:, None]], dim=1)
+        return x, torch.stack(raw, dim=1)
+
+
+def window_len(model: TrajectoryTransformer, config: PlanConfig) -> int:
+    """Most tokens that a forward pass of this plan sees (core.py:30, sampling.py:60)."""
+    block_size = model.config.block_size
+    if config.overflow == "grow" or config.max_context_transitions is None:
+        return block_size
+    return min(block_size, config.max_context_transitions * model.config.transition_dim - 1)
+
+
+def last_logits(
+    model: TrajectoryTransformer, x: Tensor, max_len: int, goal: Tensor | None = None
+) -> Tensor:
+    """(rows, vocab_size + 1) float32 logits of the token after x (rows, T).
+
+    A longer x loses whole transitions from the left, and positions count from 0 again
+    (sampling.py:51-75).
+    """
+    step = model.config.transition_dim
+    num_cropped = -(-max(0, x.shape[1] - max_len) // step) * step
+    logits: Tensor = model(x[:, num_cropped:], goal)[:, -1]
+    return logits.float()
+
+
+@contextmanager
+def _evaluated(model: TrajectoryTransformer, dtype: str) -> Iterator[TrajectoryTransformer]:
+    """The model in eval mode, in `dtype`; its own mode is put back."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield model if dtype == "float32" else copy.deepcopy(model).to(torch.bfloat16)
+    finally:
+        model.train(was_training)

@@ -1,0 +1,212 @@
+"""The public search functions: check the arguments, pick a backend, plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+
+from tt_fast.config import DEFAULT_DISCOUNT, ModelConfig, PlanConfig
+from tt_fast.discretizer import Discretizer
+from tt_fast.model import TrajectoryTransformer
+from tt_fast.planning.base import BeamPlan, BeamSequence, Draws, Floats, PlanBackend, Tokens
+from tt_fast.planning.reference import ReferenceBackend
+from tt_fast.validate import require, require_choice, require_int, require_number
+
+BACKENDS = ("reference",)
+
+
+def make_backend(
+    name: str, model: TrajectoryTransformer, discretizer: Discretizer | None
+) -> PlanBackend:
+    """The planning backend of that name; "auto" takes the fastest that works here.
+
+    Raises:
+        ValueError: an unknown name, or a discretizer that does not fit the model.
+    """
+    require_choice("backend", name, ("auto", *BACKENDS))
+    if discretizer is not None:
+        shape = (model.config.vocab_size, model.config.transition_dim)
+        got = (discretizer.num_bins, discretizer.transition_dim)
+        require(got == shape, "discretizer", f"(num_bins, transition_dim) = {shape}", got)
+    return ReferenceBackend(model, discretizer)
+
+
+def beam_plan(
+    model: TrajectoryTransformer,
+    discretizer: Discretizer,
+    contexts: ArrayLike | Sequence[ArrayLike],
+    plan_config: PlanConfig | None = None,
+    *,
+    backend: str = "auto",
+    seed: int = 0,
+    plan_index: int = 0,
+    uniforms: ArrayLike | None = None,
+    trace: bool = False,
+) -> BeamPlan:
+    """Search for action sequences of high predicted return (trajectory/search/core.py:11-96).
+
+    Args:
+        model: not goal-conditioned.
+        discretizer: the one its tokens were made with.
+        contexts: (num_contexts, context_len) tokens, or a sequence of 1-D arrays of different
+            lengths; each is past transitions, then the current observation.
+        plan_config: default `PlanConfig()`; a discount of None means 0.99.
+        backend: "auto" or "reference".
+        seed: context i draws with seed + i.
+        plan_index: index of the plan among those of a seed.
+        uniforms: (num_contexts, num_draws, beam_width * n_expand) in [0, 1), used instead of the
+            generator; an observation draw uses the first beam_width columns.
+        trace: also return every candidate, parent and draw.
+
+    Returns:
+        numpy arrays, see `BeamPlan`.
+
+    Raises:
+        ValueError: an argument of the wrong shape, type or range; `overflow="grow"` with more
+            transitions than the model's window.
+    """
+    config = (plan_config or PlanConfig()).with_discount(DEFAULT_DISCOUNT)
+    check_plan(model.config, config)
+    arrays = _check_contexts(contexts, model.config, config)
+    require_int("seed", seed, 0)
+    require_int("plan_index", plan_index, 0)
+    count = len(arrays)
+    given = None
+    if uniforms is not None:
+        num_draws = config.num_draws(model.config.observation_dim, model.config.action_dim)
+        given = _check_uniforms(uniforms, (count, num_draws, config.num_rows))
+    draws = Draws(tuple(seed + i for i in range(count)), (plan_index,) * count, given)
+    return make_backend(backend, model, discretizer).plan(arrays, config, draws, trace=trace)
+
+
+def beam_search(
+    model: TrajectoryTransformer,
+    context: ArrayLike,
+    num_tokens: int,
+    *,
+    beam_width: int,
+    goal: ArrayLike | None = None,
+    top_k: int | None = None,
+    cdf: float | None = None,
+    temperature: float = 1.0,
+    backend: str = "auto",
+) -> BeamSequence:
+    """The likeliest continuation (trajectory/search/core.py:98-131): imitation, goal-reaching.
+
+    Args:
+        model: goal-conditioned if and only if `goal` is given.
+        context: (context_len,) tokens; cropped at the model's own window.
+        num_tokens: how many to append.
+        beam_width: sequences kept after each token.
+        goal: (observation_dim,) tokens.
+        top_k: keep only so many candidates of each distribution.
+        cdf: remove this mass of the least likely candidates.
+        temperature: divides the logits.
+        backend: "auto" or "reference".
+
+    Raises:
+        ValueError: an argument of the wrong shape, type or range.
+    """
+    dims = model.config
+    tokens = _check_tokens("context", context, dims.vocab_size)
+    require(len(tokens) >= 1, "context", "at least 1 token", len(tokens))
+    require_int("num_tokens", num_tokens, 1)
+    require_int("beam_width", beam_width, 1)
+    if top_k is not None:
+        require_int("top_k", top_k, 1, dims.vocab_size + 1)
+    if cdf is not None:
+        require_number("cdf", cdf, 0.0, 1.0)
+    require_number("temperature", temperature, 0.0, open_low=True)
+    require(
+        (goal is not None) == dims.goal_conditioned,
+        "goal", "tokens for a goal-conditioned model and None for another", goal,
+    )  # fmt: skip
+    goal_tokens = None if goal is None else _check_tokens("goal", goal, dims.vocab_size - 1)
+    if goal_tokens is not None:
+        shape = (dims.observation_dim,)
+        require(goal_tokens.shape == shape, "goal", f"shape {shape}", goal_tokens.shape)
+    return make_backend(backend, model, None).search(
+        tokens, num_tokens, beam_width=beam_width, goal=goal_tokens,
+        top_k=top_k, cdf=cdf, temperature=temperature,
+    )  # fmt: skip
+
+
+def check_plan(model: ModelConfig, config: PlanConfig) -> None:
+    """Refuse a plan that this model cannot make, whatever the context.
+
+    Raises:
+        ValueError: names the setting.
+    """
+    plain = not model.goal_conditioned
+    require(plain, "model", "one without goal (use beam_search for it)", "goal_conditioned=True")
+    for name in ("k_obs", "k_act", "k_rew"):
+        k = getattr(config, name)
+        if k is not None:
+            require_int(name, k, 1, model.vocab_size + 1)
+    if config.overflow == "crop" and config.horizon > 1:
+        # one transition less one token: after its value token nothing is left to predict from
+        window = min(config.max_context_transitions or model.num_transitions, model.num_transitions)
+        expected = "at least 2 (also the model's num_transitions) for a horizon > 1"
+        require(window >= 2, "max_context_transitions", expected, window)
+
+
+def check_overflow(model: ModelConfig, config: PlanConfig, context_transitions: int) -> None:
+    """`overflow="grow"` needs room for context and plan in the model's window.
+
+    Raises:
+        ValueError: too little; names both remedies.
+    """
+    total = context_transitions + config.horizon
+    if config.overflow == "grow":
+        expected = (
+            f"context + horizon <= the model's num_transitions={model.num_transitions}; use "
+            'overflow="crop", or a model trained on longer windows'
+        )
+        require(
+            total <= model.num_transitions, "overflow", expected,
+            f"{context_transitions} + {config.horizon} = {total}",
+        )  # fmt: skip
+
+
+def _check_contexts(contexts: Any, model: ModelConfig, config: PlanConfig) -> list[Tokens]:
+    is_one = isinstance(contexts, (np.ndarray, torch.Tensor)) and contexts.ndim != 2
+    expected = "(num_contexts, context_len) tokens or a sequence of 1-D arrays"
+    require(not is_one, "contexts", expected, f"shape {tuple(getattr(contexts, 'shape', ()))}")
+    require(hasattr(contexts, "__len__") and len(contexts) > 0, "contexts", expected, contexts)
+    arrays = []
+    for i, context in enumerate(contexts):
+        name = f"contexts[{i}]"
+        tokens = _check_tokens(name, context, model.vocab_size)
+        past, rest = divmod(len(tokens), model.transition_dim)
+        require(
+            rest == model.observation_dim, name,
+            f"a length of k * {model.transition_dim} + {model.observation_dim}", len(tokens),
+        )  # fmt: skip
+        check_overflow(model, config, past)
+        arrays.append(tokens)
+    return arrays
+
+
+def _check_tokens(name: str, tokens: Any, highest: int) -> Tokens:
+    """1-D int64 tokens in [0, highest]."""
+    if isinstance(tokens, torch.Tensor):
+        tokens = tokens.detach().cpu().numpy()
+    array = np.asarray(tokens)
+    require(array.ndim == 1, name, "a 1-D array of tokens", f"shape {array.shape}")
+    require(np.issubdtype(array.dtype, np.integer), name, "integers", str(array.dtype))
+    if array.size:
+        low, high = int(array.min()), int(array.max())
+        require(low >= 0 and high <= highest, name, f"ids in [0, {highest}]", f"{low}..{high}")
+    return np.ascontiguousarray(array, dtype=np.int64)
+
+
+def _check_uniforms(uniforms: ArrayLike, shape: tuple[int, int, int]) -> Floats:
+    array = np.asarray(uniforms, dtype=np.float64)
+    require(array.shape == shape, "uniforms", f"shape {shape}", array.shape)
+    inside = bool(((array >= 0.0) & (array < 1.0)).all())
+    require(inside, "uniforms", "numbers in [0, 1)", f"{array.min()}..{array.max()}")
+    return array
