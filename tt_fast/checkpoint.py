@@ -162,28 +162,35 @@ def _check_header(folder: Path, header: Mapping[str, Any]) -> None:
 
 
 def _load_model(path: Path, config: ModelConfig) -> TrajectoryTransformer:
-    with torch.device(
-        "meta"
-    ):  # shapes only: a config must not make us allocate before it is checked
-        expected = {
-            k: tuple(v.shape) for k, v in TrajectoryTransformer(config).state_dict().items()
-        }
     try:
         with safe_open(path, framework="pt") as file:
             found = {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}  # noqa: SIM118
-            _check_shapes(path, expected, found)
-            weights = {k: file.get_tensor(k) for k in expected}
+            _check_shapes(path, config, found)
+            weights = {k: file.get_tensor(k) for k in found}
     except SafetensorError as error:
         raise ValueError(f"{path}: damaged safetensors file: {error}") from error
     for name, tensor in weights.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{path}: {name}: expected finite weights, got NaN or Inf")
-    model = TrajectoryTransformer(config)
+    with torch.random.fork_rng([]):  # initial weights draw from the global generator
+        model = TrajectoryTransformer(config)
     model.load_state_dict(weights)
     return model.eval()
 
 
-def _check_shapes(path: Path, expected: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+def _check_shapes(path: Path, config: ModelConfig, found: Mapping[str, Any]) -> None:
+    """The file's shapes are the config's, found out before anything of their size is allocated."""
+    num_layers = sum(name.endswith(".ln1.weight") for name in found)
+    if num_layers != config.num_layers:
+        raise ValueError(
+            f"{path}: expected {config.num_layers} layers by {_CONFIG}, got {num_layers}"
+        )
+    try:
+        with torch.device("meta"):
+            parameters = TrajectoryTransformer(config).state_dict()
+    except RuntimeError as error:
+        raise ValueError(f"{path}: expected sizes that a tensor can have: {error}") from error
+    expected = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     for name in sorted(expected.keys() | found.keys()):
         want, got = expected.get(name), found.get(name)
         if want != got:
@@ -192,9 +199,9 @@ def _check_shapes(path: Path, expected: Mapping[str, Any], found: Mapping[str, A
 
 def _load_discretizer(path: Path, config: ModelConfig) -> Discretizer:
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             thresholds = arrays["thresholds"]
-    except (KeyError, OSError, ValueError, zipfile.BadZipFile) as error:
+    except (KeyError, OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: damaged: expected an array `thresholds`: {error}") from error
     shape = (config.vocab_size + 1, config.transition_dim)
     if thresholds.shape != shape:

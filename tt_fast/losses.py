@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tt_fast.config import TOKEN_KINDS, ModelConfig
-from tt_fast.data.windows import TokenWindows, marginal_entropies
+from tt_fast.data.windows import TokenWindows, marginal_entropies, spaced_ids
 from tt_fast.model import TrajectoryTransformer
 
 
@@ -37,17 +37,18 @@ def evaluate_losses(
     Returns:
         Nats per token, keys as TOKEN_KINDS.
     """
-    chosen = torch.linspace(0, len(windows) - 1, min(len(windows), max_windows)).long()
-    sums = dict.fromkeys(TOKEN_KINDS, 0.0)
+    totals, counts = torch.zeros(len(TOKEN_KINDS)), torch.zeros(len(TOKEN_KINDS))
+    kinds = model.target_kinds(windows.window_len)
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        for window_ids in chosen.split(128):
-            means = model.losses_by_kind(*model_batch(model, windows, window_ids))
-            for kind in TOKEN_KINDS:
-                sums[kind] += means[kind].item() * len(window_ids)
+        for window_ids in spaced_ids(len(windows), max_windows).split(128):
+            inputs, targets, mask, goal = model_batch(model, windows, window_ids)
+            losses = (model.token_losses(inputs, targets, goal) * mask).sum(0).cpu()
+            totals.index_add_(0, kinds, losses)
+            counts.index_add_(0, kinds, mask.sum(0).cpu().float())
     model.train(was_training)
-    return {kind: total / len(chosen) for kind, total in sums.items()}
+    return dict(zip(TOKEN_KINDS, (totals / counts.clamp(min=1)).tolist(), strict=True))
 
 
 def marginal_losses(windows: TokenWindows, model_config: ModelConfig) -> dict[str, float]:

@@ -1,8 +1,7 @@
 """Figures of a run: losses, returns, imagined against executed, attention.
 
-Every function returns a `matplotlib.figure.Figure` of its own, drawn by Agg; the caller saves it.
-pyplot and its global state are never touched. Colours are Okabe and Ito's, which colour-blind
-readers can tell apart.
+Every function returns a `matplotlib.figure.Figure` of its own; the caller saves it. pyplot and its
+global state are never touched. Colour-blind readers can tell the colours (Okabe and Ito's) apart.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
 from tt_fast.checkpoint import Checkpoint
@@ -41,8 +41,7 @@ INK, MUTED, RULE, FILL = "#1f2328", "#656d76", "#d8dee4", "#b6bec9"
 POLICY = "#d55e00"
 KIND_COLORS = dict(zip(TOKEN_KINDS, ("#0072b2", "#d55e00", "#009e73", "#b5568f"), strict=True))
 
-#: Executed steps that `plot_imagined` shows before the plan.
-_HISTORY_STEPS = 5
+_HISTORY_STEPS = 5  # executed steps that `plot_imagined` shows before the plan
 
 
 def plot_losses(
@@ -175,8 +174,8 @@ def plot_attention(
     colors = _weight_colors()
     for (layer, head), axes in np.ndenumerate(panels):
         shown = np.ma.masked_array(maps[layer, head], mask=future)
-        # square root: most weights are small, and they are what one looks for
-        norm = PowerNorm(0.5, vmin=1e-9, vmax=1.0)
+        # square root: most weights are small, and they are what one looks for; only 0 is below
+        norm = PowerNorm(0.5, vmin=1e-300, vmax=1.0)
         image = axes.imshow(shown, cmap=colors, norm=norm, interpolation="nearest")
         _tick_transitions(axes, num_tokens, model.config.transition_dim)
     _label_heads(panels)
@@ -334,6 +333,7 @@ def _label_steps(panels: Sequence[Axes], num_used: int, num_columns: int) -> Non
     """Name the axis under the lowest panel of each column; hide panels not used."""
     for axes in panels[num_used - num_columns : num_used]:
         axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.tick_params(labelbottom=True)
     for axes in panels[num_used:]:
         axes.set_axis_off()
@@ -355,11 +355,10 @@ def _attention_maps(model: TrajectoryTransformer, tokens: NDArray[np.integer]) -
     integers = np.issubdtype(tokens.dtype, np.integer)
     shape_ok = integers and tokens.ndim == 1 and 1 <= len(tokens) <= limit
     require(shape_ok, "tokens", f"1 to {limit} integers, shape (context_len,)", tokens.shape)
-    device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     try:
-        ids = torch.as_tensor(tokens, dtype=torch.int64, device=device)[None]
+        ids = torch.as_tensor(tokens, dtype=torch.int64, device=model.pos_emb.device)[None]
         maps: Floats = model.attention_maps(ids)[:, 0].double().cpu().numpy()
     finally:
         model.train(was_training)

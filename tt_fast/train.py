@@ -10,6 +10,7 @@ Source: scripts/train.py and trajectory/utils/training.py. A run folder holds
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import shutil
 import signal
@@ -78,7 +79,7 @@ def train(
         raise FileExistsError(
             f"output_dir: expected one without checkpoints or resume=True, got {newest}"
         )
-    (output_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+    _prepare_folder(output_dir / "checkpoints")
 
     discretizer, windows = tokenize(dataset, model_config, train_config)
     device = pick_device(train_config.device)
@@ -283,8 +284,7 @@ class _Trainer:
 
     def checkpoint(self) -> Checkpoint:
         """The model so far, copied to the CPU in eval mode."""
-        model = TrajectoryTransformer(self.model.config)
-        model.load_state_dict({k: v.cpu() for k, v in self.model.state_dict().items()})
+        model = copy.deepcopy(self.model).cpu().eval()
         dataset, at = self.dataset, self.at
         metadata = {
             "env_id": dataset.env_id,
@@ -300,12 +300,12 @@ class _Trainer:
             "marginal_losses": self.marginal_losses,
             **origin(),
         }
-        return Checkpoint(model.eval(), self.discretizer, metadata)
+        return Checkpoint(model, self.discretizer, metadata)
 
     def restore(self, folder: Path) -> None:
         """Continue from a checkpoint that this run, or its forerunner, wrote."""
-        self.at = read_state(folder, self.identity, self.model, self.optimizer)
         saved = Checkpoint.load(folder)
+        self.at = read_state(folder, self.identity, self.model, self.optimizer)
         self.model.load_state_dict(saved.model.state_dict())
         self.eval_losses = saved.metadata["eval_losses"]
 
@@ -326,6 +326,13 @@ def _check_configs(dataset: OfflineDataset, model: ModelConfig, config: TrainCon
     bins = config.num_bins
     same = model.vocab_size == bins
     require(same, "model_config.vocab_size", f"train_config.num_bins={bins}", model.vocab_size)
+
+
+def _prepare_folder(checkpoints: Path) -> None:
+    """Make the folder; drop what a killed run left half-written or half-deleted in it."""
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    for leftover in checkpoints.glob(".step_*"):
+        shutil.rmtree(leftover)
 
 
 def _hide(folder: Path) -> Path:

@@ -7,7 +7,9 @@ with the executed body as a grey ghost, and takes the newest plan when the old o
 from __future__ import annotations
 
 import importlib
+import math
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from tt_fast.envs import MUJOCO_EXTRA, ControlEnv, choose_opengl, make_env
+from tt_fast.envs import MUJOCO_EXTRA, ControlEnv, make_env
 from tt_fast.files import atomic_write
 from tt_fast.plots import plan_start
 from tt_fast.validate import require, require_int, require_number
@@ -234,8 +236,7 @@ class _Stage:
         model.vis.global_.offwidth = max(width, model.vis.global_.offwidth)
         model.vis.global_.offheight = max(height, model.vis.global_.offheight)
         self._mujoco, self._model = mujoco, model
-        self._gl = _open_gl(width, height)
-        self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
+        self._gl, self._context = _open_gl(model, size)
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
         self._scene = mujoco.MjvScene(model, maxgeom=1000)
         self._scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
@@ -291,20 +292,23 @@ class _Stage:
         return camera
 
 
-def _open_gl(width: int, height: int) -> Any:
-    """An OpenGL context without a window, made current."""
-    choose_opengl()
-    backend = os.environ.get("MUJOCO_GL", "")
-    # MuJoCo reads MUJOCO_GL once, when it is first imported; we may be later
+def _open_gl(model: Any, size: tuple[int, int]) -> tuple[Any, Any]:
+    """An OpenGL context without a window, and MuJoCo's renderer of `model` in it.
+
+    MUJOCO_GL chooses the platform, on Linux EGL if it is unset: that one needs no display. MuJoCo
+    itself reads the variable only once, at its import, which lies behind us.
+    """
+    import mujoco
+
+    backend = os.environ.get("MUJOCO_GL") or ("egl" if sys.platform == "linux" else "")
     module = f"mujoco.{backend}" if backend in ("egl", "osmesa", "glfw") else "mujoco"
     try:
-        context = importlib.import_module(module).GLContext(width, height)
+        context = importlib.import_module(module).GLContext(*size)
         context.make_current()
+        return context, mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
     except Exception as error:  # OpenGL loaders fail with any type, AttributeError included
-        raise RenderError(
-            f"no OpenGL on this machine (MUJOCO_GL={backend or 'unset'}): {error}"
-        ) from error
-    return context
+        named = backend or "unset"
+        raise RenderError(f"no OpenGL on this machine (MUJOCO_GL={named}): {error}") from error
 
 
 def _compose(scene: Scene, speed: float) -> Picture:
@@ -359,7 +363,9 @@ def _encode(frames: Iterable[Picture], path: Path, fps: float) -> None:
 
 
 def _describe(record: EpisodeRecord, env_id: str, speed: float) -> str:
-    pace = f"{speed:.2g} times real time"
+    pace = "Played in real time"
+    if not math.isclose(speed, 1.0):
+        pace = f"Played at {speed:.2g} times real time"
     if _can_imagine(record, env_id):
         return (
             f"Left: the executed episode. Right: the plan it followed, as imagined, with the "

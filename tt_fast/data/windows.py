@@ -137,7 +137,7 @@ class TokenWindows:
         require_int("step", step, 1)
         self.num_transitions, self.stop_token, self.step = num_transitions, stop_token, step
         self.max_path_length = max_path_length
-        self.transition_dim = tokens.shape[1]
+        self.transition_dim = int(tokens.shape[1])
         self.indices = _window_starts(path_lengths)
         require(len(self.indices) > 0, "path_lengths", "an episode of 2 or more steps", "none")
 
@@ -150,7 +150,7 @@ class TokenWindows:
         self._indices = torch.from_numpy(self.indices)
 
     def __len__(self) -> int:
-        return self._indices.shape[0]
+        return len(self.indices)
 
     @property
     def window_len(self) -> int:
@@ -192,6 +192,11 @@ def _window_starts(path_lengths: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.stack([path_idx, np.arange(len(path_idx)) - first], axis=1)
 
 
+def spaced_ids(count: int, most: int) -> torch.Tensor:
+    """At most `most` evenly spaced ids of `count`, int64."""
+    return torch.linspace(0, count - 1, min(count, most), dtype=torch.float64).long()
+
+
 def marginal_entropies(
     windows: TokenWindows, max_windows: int = 100_000
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
@@ -207,9 +212,8 @@ def marginal_entropies(
     """
     dims, num_ids = windows.transition_dim, windows.stop_token + 1
     target_dims = (torch.arange(windows.window_len) + 1) % dims
-    chosen = torch.linspace(0, len(windows) - 1, min(len(windows), max_windows)).long()
     counts = torch.zeros(dims * num_ids, dtype=torch.int64)
-    for window_ids in chosen.split(4096):
+    for window_ids in spaced_ids(len(windows), max_windows).split(4096):
         batch = windows.gather(window_ids)
         cells = (batch.targets + target_dims * num_ids)[batch.mask]
         counts += torch.bincount(cells, minlength=dims * num_ids)

@@ -1,0 +1,171 @@
+"""Checkpoints: round trips, and every kind of damage is refused with its reason."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import tiny_checkpoint, weights_equal
+
+from tt_fast import Checkpoint
+from tt_fast.checkpoint import _sha256
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    return tiny_checkpoint().save(tmp_path / "checkpoint")
+
+
+def _reseal(folder: Path, **changes: object) -> None:
+    """Make config.json agree with the files again, as an author of such a folder could."""
+    config = json.loads((folder / "config.json").read_text())
+    config["model"] |= changes
+    config["sha256"] = {name: _sha256(folder / name) for name in config["sha256"]}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("goal_conditioned", [False, True])
+def test_round_trip(tmp_path: Path, goal_conditioned: bool) -> None:
+    before = tiny_checkpoint(goal_conditioned=goal_conditioned)
+    after = Checkpoint.load(before.save(tmp_path / "c"))
+    assert weights_equal(before.model, after.model)
+    assert after.model.config == before.model.config
+    assert not after.model.training
+    assert before.discretizer is not None
+    assert after.discretizer is not None
+    np.testing.assert_array_equal(after.discretizer.thresholds, before.discretizer.thresholds)
+    assert after.metadata == before.metadata
+
+
+def test_round_trip_without_discretizer(tmp_path: Path) -> None:
+    bare = Checkpoint(tiny_checkpoint().model, None)
+    assert Checkpoint.load(bare.save(tmp_path / "c")).discretizer is None
+
+
+def test_run_folder_resolves_to_its_newest(tmp_path: Path) -> None:
+    for step in (5, 10):
+        tiny_checkpoint(seed=step).save(tmp_path / "checkpoints" / f"step_{step:08d}")
+    assert weights_equal(Checkpoint.load(tmp_path).model, tiny_checkpoint(seed=10).model)
+
+
+def test_save_refuses_a_folder_in_use(saved: Path) -> None:
+    with pytest.raises(FileExistsError, match="expected a new or empty folder"):
+        tiny_checkpoint(seed=1).save(saved)
+    assert weights_equal(Checkpoint.load(saved).model, tiny_checkpoint().model)
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="expected a checkpoint"):
+        Checkpoint.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "discretizer.npz", "metadata.json"])
+def test_flipped_bit(saved: Path, name: str) -> None:
+    content = bytearray((saved / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (saved / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name}: damaged: its SHA-256"):
+        Checkpoint.load(saved)
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "discretizer.npz", "metadata.json"])
+def test_missing_file(saved: Path, name: str) -> None:
+    (saved / name).unlink()
+    with pytest.raises(ValueError, match=rf"{name}: expected a file that config.json lists"):
+        Checkpoint.load(saved)
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "discretizer.npz", "metadata.json"])
+def test_truncated_and_resealed(saved: Path, name: str) -> None:
+    content = (saved / name).read_bytes()
+    (saved / name).write_bytes(content[: len(content) // 2])
+    _reseal(saved)
+    with pytest.raises(ValueError, match=f"{name}: (damaged|expected a JSON file)"):
+        Checkpoint.load(saved)
+
+
+def test_damaged_config(saved: Path) -> None:
+    (saved / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config.json: expected a JSON file"):
+        Checkpoint.load(saved)
+    (saved / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"config.json: expected a JSON object, got list"):
+        Checkpoint.load(saved)
+    (saved / "config.json").write_text('{"format": 2}')
+    with pytest.raises(ValueError, match=r"expected format 1, got 2"):
+        Checkpoint.load(saved)
+    (saved / "config.json").write_text('{"format": 1}')
+    with pytest.raises(ValueError, match=r"expected keys model and sha256"):
+        Checkpoint.load(saved)
+
+
+def test_files_outside_the_folder_are_not_read(saved: Path) -> None:
+    config = json.loads((saved / "config.json").read_text())
+    config["sha256"]["../secret"] = ""
+    (saved / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"expected known file names, got '../secret'"):
+        Checkpoint.load(saved)
+
+
+def test_unknown_setting(saved: Path) -> None:
+    _reseal(saved, colour="blue")
+    with pytest.raises(ValueError, match=r"ModelConfig: expected keys among .*colour"):
+        Checkpoint.load(saved)
+
+
+def test_weights_of_another_model(saved: Path) -> None:
+    _reseal(saved, num_layers=3)
+    with pytest.raises(ValueError, match=r"expected 3 layers by config.json, got 2"):
+        Checkpoint.load(saved)
+    _reseal(saved, num_layers=2, action_dim=3)
+    with pytest.raises(
+        ValueError, match=r"expected shape \(8, 9, 16\) by config.json, got \(7, 9, 16"
+    ):
+        Checkpoint.load(saved)
+
+
+@pytest.mark.parametrize("name", ["embed_dim", "num_transitions", "vocab_size", "num_layers"])
+def test_absurd_sizes_allocate_nothing(saved: Path, name: str) -> None:
+    _reseal(saved, **{name: 1 << 40})
+    with pytest.raises(ValueError, match=r"expected (shape|sizes|\d+ layers)"):
+        Checkpoint.load(saved)
+
+
+def test_nan_weights(saved: Path) -> None:
+    weights = load_file(saved / "weights.safetensors")
+    weights["ln_f.bias"][0] = torch.nan
+    save_file(weights, saved / "weights.safetensors")
+    _reseal(saved)
+    with pytest.raises(ValueError, match=r"ln_f.bias: expected finite weights, got NaN or Inf"):
+        Checkpoint.load(saved)
+
+
+def test_discretizer_of_another_model(saved: Path) -> None:
+    np.savez(saved / "discretizer.npz", thresholds=np.zeros((5, 7)))
+    _reseal(saved)
+    with pytest.raises(
+        ValueError, match=r"expected thresholds \(9, 7\) by config.json, got \(5, 7\)"
+    ):
+        Checkpoint.load(saved)
+
+
+def test_pickled_thresholds_are_not_run(saved: Path, tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+
+    class Malicious:
+        def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+            return (Path.touch, (canary,))
+
+    np.savez(saved / "discretizer.npz", thresholds=np.array([Malicious()], dtype=object))
+    _reseal(saved)
+    with pytest.raises(ValueError, match=r"discretizer.npz: damaged"):
+        Checkpoint.load(saved)
+    assert not canary.exists()
+
+
+def test_a_moved_folder_still_loads(saved: Path, tmp_path: Path) -> None:
+    shutil.move(saved, tmp_path / "elsewhere")
+    assert weights_equal(Checkpoint.load(tmp_path / "elsewhere").model, tiny_checkpoint().model)

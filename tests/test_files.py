@@ -1,0 +1,54 @@
+"""Files and folders appear whole or not at all."""
+
+from pathlib import Path
+
+import pytest
+
+from tt_fast.files import atomic_folder, atomic_write
+
+
+def test_write_replaces_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "x.txt"
+    for text in ("one", "two"):
+        with atomic_write(path) as temporary:
+            assert temporary.suffix == ".txt"
+            temporary.write_text(text)
+        assert path.read_text() == text
+    assert [p.name for p in path.parent.iterdir()] == ["x.txt"]
+
+
+def test_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "x.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError, match="boom"), atomic_write(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError("boom")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_folder_appears_at_the_end(tmp_path: Path) -> None:
+    folder = tmp_path / "f"
+    with atomic_folder(folder) as temporary:
+        (temporary / "a").write_text("1")
+        assert not folder.exists()
+    assert (folder / "a").read_text() == "1"
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_failed_folder_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "f") as temporary:
+        (temporary / "a").write_text("1")
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folder_never_replaces_files(tmp_path: Path) -> None:
+    folder = tmp_path / "f"
+    folder.mkdir()
+    with atomic_folder(folder) as temporary:  # an empty one may be filled
+        (temporary / "a").write_text("1")
+    refused = pytest.raises(FileExistsError, match="expected a new or empty folder")
+    with refused, atomic_folder(folder):
+        pass
+    assert (folder / "a").read_text() == "1"

@@ -1,0 +1,287 @@
+"""Training: it learns, it resumes bit for bit, and it survives being killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_dataset, tiny_model_config, tiny_train_config, weights_equal
+
+from tt_fast import Checkpoint, train
+from tt_fast.config import TOKEN_KINDS
+from tt_fast.losses import marginal_losses
+from tt_fast.metrics import COLUMNS, read_metrics
+from tt_fast.train import pick_device, tokenize
+
+
+def _columns(path: Path) -> list[tuple[float, ...]]:
+    """metrics.csv without the one column that is a timing."""
+    names = [name for name in COLUMNS if name != "tokens_per_second"]
+    return [tuple(row[name] for name in names) for row in read_metrics(path / "metrics.csv")]
+
+
+def _run(output_dir: Path, steps: int, *, resume: bool = False, **changes: object) -> Checkpoint:
+    """`steps` optimiser steps in all, of a run whose schedule does not depend on them."""
+    dataset = tiny_dataset()
+    config = tiny_train_config(max_epochs=steps * 8 / _num_windows(), **changes)
+    return train(dataset, tiny_model_config(), config, output_dir, resume=resume, progress=False)
+
+
+def _num_windows() -> int:
+    return len(tokenize(tiny_dataset(), tiny_model_config(), tiny_train_config())[1])
+
+
+def test_loss_falls_below_the_marginals(tmp_path: Path) -> None:
+    dataset = tiny_dataset(num_episodes=2)
+    model_config = tiny_model_config(embed_dropout=0.0, residual_dropout=0.0, attention_dropout=0.0)
+    config = tiny_train_config(max_epochs=60.0, learning_rate=1e-2, step=1)
+    checkpoint = train(dataset, model_config, config, tmp_path, progress=False)
+    for kind in TOKEN_KINDS:
+        marginal = checkpoint.metadata["marginal_losses"][kind]
+        assert checkpoint.metadata["eval_losses"][kind] < 0.7 * marginal, kind
+
+
+def test_marginal_losses_are_entropies() -> None:
+    model_config = tiny_model_config()
+    _, windows = tokenize(tiny_dataset(), model_config, tiny_train_config())
+    batch = windows.gather(torch.arange(len(windows)))
+    dims = (np.arange(windows.window_len) + 1) % model_config.transition_dim
+    ids, mask = batch.targets.numpy(), batch.mask.numpy()
+    entropies = []
+    for dim in range(model_config.transition_dim):
+        chosen = ids[:, dims == dim][mask[:, dims == dim]]
+        share = np.unique(chosen, return_counts=True)[1] / len(chosen)
+        entropies.append((-(share * np.log(share)).sum(), len(chosen)))
+    losses = marginal_losses(windows, model_config)
+    assert losses["reward"] == pytest.approx(entropies[-2][0])
+    assert losses["value"] == pytest.approx(entropies[-1][0])
+    observation = entropies[: model_config.observation_dim]
+    weights = [n for _, n in observation]
+    assert losses["observation"] == pytest.approx(
+        np.average([h for h, _ in observation], weights=weights)
+    )
+
+
+def test_same_seed_same_weights_and_global_random_state_untouched(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    a, b = _run(tmp_path / "a", 4), _run(tmp_path / "b", 4)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert weights_equal(a.model, b.model)
+    assert not weights_equal(a.model, _run(tmp_path / "c", 4, seed=1).model)
+
+
+def test_metadata_and_files(tmp_path: Path) -> None:
+    checkpoint = _run(tmp_path, 7)
+    metadata = checkpoint.metadata
+    assert metadata["env_id"] == "Tiny-v0"
+    assert metadata["dataset"] == "tiny"
+    assert metadata["ref_scores"] == [0.0, 10.0]
+    assert metadata["step"] == 7
+    assert metadata["versions"]["torch"] == torch.__version__
+    assert metadata["losses"].keys() == metadata["marginal_losses"].keys() == set(TOKEN_KINDS)
+    assert Checkpoint.load(tmp_path).metadata == json.loads(json.dumps(metadata))
+    assert weights_equal(Checkpoint.load(tmp_path).model, checkpoint.model)
+    assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == [
+        "step_00000005",
+        "step_00000007",
+    ]
+    assert [row[0] for row in _columns(tmp_path)] == [3, 6]
+    assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+@pytest.mark.parametrize("goal_conditioned", [False, True])
+def test_goal_conditioned_models_train(tmp_path: Path, goal_conditioned: bool) -> None:
+    model_config = tiny_model_config(goal_conditioned=goal_conditioned)
+    config = tiny_train_config(max_tokens=500)
+    checkpoint = train(tiny_dataset(), model_config, config, tmp_path, progress=False)
+    assert checkpoint.metadata["tokens"] >= 500
+
+
+def test_bfloat16_trains(tmp_path: Path) -> None:
+    low = _run(tmp_path / "low", 3, precision="bfloat16")
+    full = _run(tmp_path / "full", 3)
+    assert next(low.model.parameters()).dtype == torch.float32
+    assert low.metadata["losses"]["value"] == pytest.approx(
+        full.metadata["losses"]["value"], rel=0.05
+    )
+    assert not weights_equal(low.model, full.model)
+
+
+# ---- resuming ----
+
+
+def _press_ctrl_c_in_step(number: int, patch: pytest.MonkeyPatch) -> None:
+    """SIGINT in the middle of that optimiser step, counted from 1."""
+    clip, calls = torch.nn.utils.clip_grad_norm_, iter(range(1, 1000))
+
+    def interrupting_clip(*args: Any) -> torch.Tensor:
+        if next(calls) == number:
+            signal.raise_signal(signal.SIGINT)
+        return clip(*args)
+
+    patch.setattr(torch.nn.utils, "clip_grad_norm_", interrupting_clip)
+
+
+@pytest.mark.parametrize("stop", [2, 5, 17])  # before the first checkpoint, on one, in epoch 2
+def test_interrupted_and_resumed_equals_uninterrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
+) -> None:
+    whole = _run(tmp_path / "whole", 20)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        _press_ctrl_c_in_step(stop, patch)
+        _run(tmp_path / "parts", 20)
+    assert Checkpoint.load(tmp_path / "parts").metadata["step"] == stop
+    resumed = _run(tmp_path / "parts", 20, resume=True)
+    assert weights_equal(resumed.model, whole.model)
+    assert _columns(tmp_path / "parts") == _columns(tmp_path / "whole")
+
+
+def test_checkpoints_do_not_change_the_result(tmp_path: Path) -> None:
+    rare, frequent = _run(tmp_path / "rare", 9), _run(tmp_path / "often", 9, checkpoint_steps=1)
+    assert weights_equal(rare.model, frequent.model)
+
+
+def test_a_finished_run_resumes_to_itself(tmp_path: Path) -> None:
+    first = _run(tmp_path, 7)
+    again = _run(tmp_path, 7, resume=True)
+    assert weights_equal(first.model, again.model)
+    assert again.metadata["eval_losses"] == first.metadata["eval_losses"]
+
+
+def test_a_longer_budget_goes_on(tmp_path: Path) -> None:
+    _run(tmp_path, 7)
+    assert _run(tmp_path, 11, resume=True).metadata["step"] == 11
+
+
+def test_resume_without_a_checkpoint_starts(tmp_path: Path) -> None:
+    assert _run(tmp_path, 3, resume=True).metadata["step"] == 3
+
+
+_KILLED_RUN = """
+import sys; sys.path.insert(0, {tests!r})
+from pathlib import Path
+from test_train import _run
+print("ready", flush=True)
+_run(Path({folder!r}), {steps}, checkpoint_steps=1, resume=True)
+"""
+
+
+def test_kill_9_at_any_moment_then_resume_equals_uninterrupted(tmp_path: Path) -> None:
+    """Checkpoints every step, so that kills fall into saves too; each time it goes on."""
+    folder = tmp_path / "killed"
+    total = 60
+    script = _KILLED_RUN.format(tests=str(Path(__file__).parent), folder=str(folder), steps=total)
+    rng = np.random.default_rng(0)
+    steps = []
+    for _ in range(3):
+        run = subprocess.Popen(
+            [sys.executable, "-c", script],
+            stdout=subprocess.PIPE,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert run.stdout is not None
+        run.stdout.readline()
+        first = steps[-1] if steps else 0
+        while run.poll() is None and _newest_step(folder) <= first + 2:
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0.0, 0.05))
+        run.kill()
+        run.communicate()
+        steps.append(int(Checkpoint.load(folder).metadata["step"]))  # loads: it is whole
+    assert steps == sorted(set(steps)), steps
+    assert 0 < steps[-1] < total
+    resumed = _run(folder, total, resume=True)
+    whole = _run(tmp_path / "whole", total)
+    assert weights_equal(resumed.model, whole.model)
+    assert _columns(folder) == _columns(tmp_path / "whole")
+    leftovers = [p.name for p in (folder / "checkpoints").iterdir() if p.name.startswith(".")]
+    assert leftovers == []
+
+
+def _newest_step(folder: Path) -> int:
+    found = sorted((folder / "checkpoints").glob("step_*"))
+    return int(found[-1].name.split("_")[1]) if found else 0
+
+
+# ---- errors ----
+
+
+def test_an_old_run_is_not_overwritten(tmp_path: Path) -> None:
+    _run(tmp_path, 3)
+    with pytest.raises(
+        FileExistsError, match=r"output_dir: expected .* resume=True, got .*step_00000003"
+    ):
+        _run(tmp_path, 3)
+
+
+def test_resume_refuses_another_run(tmp_path: Path) -> None:
+    _run(tmp_path, 3)
+    with pytest.raises(
+        ValueError, match=r"train_config.batch_size: expected 8, to resume .* got 4"
+    ):
+        _run(tmp_path, 3, batch_size=4, resume=True)
+    config = tiny_train_config(max_epochs=1.0)
+    wider = tiny_model_config(embed_dim=32)
+    with pytest.raises(ValueError, match=r"model_config.embed_dim: expected 16, to resume"):
+        train(tiny_dataset(), wider, config, tmp_path, resume=True, progress=False)
+    other = tiny_dataset(seed=1)
+    with pytest.raises(ValueError, match=r"dataset.tokens_sha256: expected"):
+        train(other, tiny_model_config(), config, tmp_path, resume=True, progress=False)
+
+
+def test_resume_refuses_a_damaged_state(tmp_path: Path) -> None:
+    _run(tmp_path, 3)
+    state = tmp_path / "checkpoints" / "step_00000003" / "training_state.safetensors"
+    state.write_bytes(state.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"training_state.safetensors: absent or damaged"):
+        _run(tmp_path, 5, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("model_changes", "train_changes", "message"),
+    [
+        (
+            {"observation_dim": 4},
+            {},
+            r"model_config.observation_dim: expected the dataset's 3, got 4",
+        ),
+        ({"action_dim": 1}, {}, r"model_config.action_dim: expected the dataset's 2, got 1"),
+        (
+            {"vocab_size": 9},
+            {},
+            r"model_config.vocab_size: expected train_config.num_bins=8, got 9",
+        ),
+        (
+            {},
+            {"max_path_length": 10},
+            r"max_path_length: expected at least the longest episode's 20",
+        ),
+        ({}, {"device": "abacus"}, r"device: expected one that torch can use, got 'abacus'"),
+    ],
+)
+def test_configs_that_do_not_fit(
+    tmp_path: Path, model_changes: dict[str, int], train_changes: dict[str, object], message: str
+) -> None:
+    model_config = replace(tiny_model_config(), **model_changes)
+    config = replace(tiny_train_config(max_epochs=1.0), **train_changes)
+    with pytest.raises(ValueError, match=message):
+        train(tiny_dataset(), model_config, config, tmp_path, progress=False)
+
+
+def test_diverging_loss_stops_with_the_last_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(FloatingPointError, match=r"loss: expected a finite number, got nan"):
+        _run(tmp_path, 500, learning_rate=1e30, grad_clip=1e30, checkpoint_steps=1)
+    Checkpoint.load(tmp_path)
+
+
+def test_auto_device_is_one_that_works() -> None:
+    assert torch.empty(1, device=pick_device("auto")).numel() == 1

@@ -1,0 +1,85 @@
+"""The command line, `tt-fast`: parse, run a subcommand, turn errors into one line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+from tyro.conf import subcommand
+
+from tt_fast.commands.base import Command
+from tt_fast.commands.data import DataCollect, DataDownload, DataInfo
+from tt_fast.commands.demo import Demo
+from tt_fast.commands.evaluate import Evaluate
+from tt_fast.commands.plan import Plan
+from tt_fast.commands.train import Train
+
+#: What a user can cause; anything else is our bug and shows its traceback.
+_USER_ERRORS = (ValueError, OSError, ImportError, RuntimeError, ArithmeticError)
+
+_OPTIONS = (
+    tyro.conf.OmitArgPrefixes,
+    tyro.conf.OmitSubcommandPrefixes,
+    tyro.conf.FlagCreatePairsOff,
+)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Look at a dataset, download or collect one."""
+
+    command: (
+        Annotated[DataInfo, subcommand("info")]
+        | Annotated[DataDownload, subcommand("download")]
+        | Annotated[DataCollect, subcommand("collect")]
+    )
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """Trajectory Transformer: train on offline data, plan with beam search, score the policy.
+
+    `tt-fast COMMAND --help` lists a command's options; `tt-fast --version` prints the version.
+    """
+
+    command: (
+        Annotated[Data, subcommand("data")]
+        | Annotated[Train, subcommand("train")]
+        | Annotated[Plan, subcommand("plan")]
+        | Annotated[Evaluate, subcommand("evaluate")]
+        | Annotated[Demo, subcommand("demo")]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `tt-fast`; returns the exit status: 0, 2 for a user's error, 130 after Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv == ["--version"]:
+        from tt_fast import __version__
+
+        print(f"tt-fast {__version__}")
+        return 0
+    parsed = tyro.cli(CommandLine, prog="tt-fast", args=argv, config=_OPTIONS).command
+    command: Command = parsed.command if isinstance(parsed, Data) else parsed
+    try:
+        command.run()
+    except KeyboardInterrupt:
+        print(f"tt-fast: interrupted: {command.saved()}", file=sys.stderr)
+        return 130
+    except _USER_ERRORS as error:
+        if command.debug:
+            raise
+        print(f"tt-fast: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,144 @@
+"""`tt-fast evaluate`: play episodes with one or more models."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise, product
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from tt_fast.commands.base import Command
+from tt_fast.config import PlanConfig
+from tt_fast.files import atomic_write
+from tt_fast.validate import require
+
+if TYPE_CHECKING:
+    from tt_fast.data import OfflineDataset
+    from tt_fast.evaluate import EvalResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(Command):
+    """Play episodes with one or more models and print returns and normalised scores.
+
+    The episodes of all checkpoints and seeds are pooled: mean ± standard error over all of them.
+    """
+
+    checkpoints: Annotated[
+        tuple[Path, ...],
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="CHECKPOINT [...]", help_behavior_hint="(at least one)"),
+    ]
+    """Run folders or checkpoints."""
+    env_id: str | None = None
+    """Gymnasium id; by default the environment of the model's dataset."""
+    episodes: int = 1
+    """Episodes per checkpoint and seed."""
+    num_envs: int = 1
+    """Environments side by side; results do not depend on it."""
+    seeds: tuple[int, ...] = (0,)
+    """Episode j of seed s has seed s + j, so seeds must lie at least --episodes apart."""
+    max_steps: int | None = None
+    """End every episode after so many steps."""
+    plan_freq: int = 1
+    """Steps between two plans."""
+    prefix_context: bool = True
+    """Condition plans on past transitions, not only on the observation."""
+    backend: str = "auto"
+    """Planning backend."""
+    out: Path | None = None
+    """JSON file to write, after every checkpoint and seed."""
+    video: Path | None = None
+    """MP4 to write of the very first episode."""
+    histogram: Path | None = None
+    """Picture (.png, .pdf, .svg) to write of the returns against those of --dataset."""
+    dataset: str | None = None
+    """Dataset of --histogram, as `tt-fast train` takes it."""
+    progress: bool = True
+    """Show a progress bar."""
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    """The beam search; defaults are the original's. Of --cdf-* and --k-* both apply, cdf first."""
+    results: list[Any] = field(default_factory=list, init=False)
+
+    def run(self) -> None:
+        from tt_fast.evaluate import aggregate
+
+        self._check()
+        dataset = self._load_dataset()
+        for folder, seed in product(self.checkpoints, self.seeds):
+            result = self._evaluate(folder, seed, video=None if self.results else self.video)
+            self.results.append(result)
+            print(f"{folder}, seed {seed}: {result}")
+            summary = aggregate(self.results)
+            if self.out is not None:
+                summary.save(self.out)
+            if result.interrupted:
+                raise KeyboardInterrupt
+        if len(self.results) > 1:
+            print(f"all: {summary}")
+        if dataset is not None and self.histogram is not None:
+            _save_histogram(self.histogram, dataset, summary.returns)
+
+    def saved(self) -> str:
+        if self.out is None or not self.results:
+            return "no result was written"
+        return f"finished episodes are in {self.out}"
+
+    def _check(self) -> None:
+        require(len(self.checkpoints) > 0, "checkpoints", "at least one folder", "none")
+        unique = len({path.resolve() for path in self.checkpoints}) == len(self.checkpoints)
+        require(unique, "checkpoints", "different folders", [str(p) for p in self.checkpoints])
+        seeds = sorted(self.seeds)
+        apart = all(b - a >= self.episodes for a, b in pairwise(seeds))
+        wanted = f"numbers at least episodes={self.episodes} apart, as episode j has seed + j"
+        require(len(seeds) > 0 and apart, "seeds", wanted, self.seeds)
+
+    def _load_dataset(self) -> OfflineDataset | None:
+        if self.histogram is None:
+            return None
+        from tt_fast.data import load_dataset
+
+        if self.dataset is None:
+            raise ValueError("dataset: expected a dataset for the histogram, got None")
+        return load_dataset(self.dataset)
+
+    def _evaluate(self, folder: Path, seed: int, video: Path | None) -> EvalResult:
+        from tt_fast.checkpoint import Checkpoint
+        from tt_fast.evaluate import evaluate
+        from tt_fast.planning import Planner
+
+        planner = Planner(
+            Checkpoint.load(folder),
+            self.plan,
+            self.backend,
+            plan_freq=self.plan_freq,
+            prefix_context=self.prefix_context,
+        )
+        result = evaluate(
+            planner,
+            self.env_id,
+            self.episodes,
+            self.num_envs,
+            seed,
+            video,
+            max_steps=self.max_steps,
+            progress=self.progress,
+        )
+        return dataclasses.replace(result, checkpoint=str(folder))
+
+
+def _save_histogram(path: Path, dataset: OfflineDataset, returns: Sequence[float]) -> None:
+    from tt_fast.plots import plot_returns
+
+    figure = plot_returns(
+        dataset.episode_returns,
+        returns,
+        ref_scores=dataset.ref_scores,
+        dataset_name=dataset.name,
+    )
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=150)

@@ -1,0 +1,94 @@
+"""`tt-fast train`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from tt_fast.commands.base import Command
+from tt_fast.config import TOKEN_KINDS, ModelConfig, TrainConfig, config_to_dict
+
+if TYPE_CHECKING:
+    from tt_fast.checkpoint import Checkpoint
+    from tt_fast.data import OfflineDataset
+
+
+@dataclass(frozen=True)
+class ModelOptions(ModelConfig):
+    """A `ModelConfig` without what the dataset decides."""
+
+    observation_dim: tyro.conf.Suppress[int] = 1
+    action_dim: tyro.conf.Suppress[int] = 1
+    vocab_size: tyro.conf.Suppress[int] = 100
+
+    def complete(self, dataset: OfflineDataset, num_bins: int) -> ModelConfig:
+        """The config of a model for this dataset."""
+        known = {
+            "observation_dim": dataset.observation_dim,
+            "action_dim": dataset.action_dim,
+            "vocab_size": num_bins,
+        }
+        return ModelConfig(**config_to_dict(self) | known)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(Command):
+    """Train a model on a dataset, into a run folder with checkpoints, metrics.csv and TensorBoard.
+
+    Ctrl-C saves a checkpoint and ends; --resume continues from the newest one.
+    """
+
+    dataset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATASET")]
+    """An HDF5 file in D4RL's layout, a D4RL name (hopper-medium-v2) or minari:<id>."""
+    output_dir: Path
+    """Run folder, made if absent."""
+    env_id: str | None = None
+    """Gymnasium id of the environment, if the dataset does not say."""
+    ref_scores: tuple[float, float] | None = None
+    """Returns that score 0 and 100, if they are not known."""
+    resume: bool = False
+    """Continue from the newest checkpoint of the run folder."""
+    progress: bool = True
+    """Show a progress bar."""
+    model: ModelOptions = field(default_factory=ModelOptions)
+    """The model; its dimensions come from the dataset, its vocab_size is --num-bins."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Without a budget in tokens, epochs or minutes training runs the original's 50 million
+    windows; with several, the first one reached ends it."""
+
+    def run(self) -> None:
+        from tt_fast.checkpoint import newest_checkpoint
+        from tt_fast.data import load_dataset
+        from tt_fast.train import train
+
+        dataset = load_dataset(self.dataset, env_id=self.env_id, ref_scores=self.ref_scores)
+        model_config = self.model.complete(dataset, self.train.num_bins)
+        checkpoint = train(
+            dataset,
+            model_config,
+            self.train,
+            self.output_dir,
+            resume=self.resume,
+            progress=self.progress,
+        )
+        print(_loss_table(checkpoint))
+        print(newest_checkpoint(self.output_dir))
+
+    def saved(self) -> str:
+        from tt_fast.checkpoint import newest_checkpoint
+
+        newest = newest_checkpoint(self.output_dir)
+        if newest is None:
+            return "no checkpoint was written yet"
+        return f"the newest checkpoint is {newest}, and --resume continues from it"
+
+
+def _loss_table(checkpoint: Checkpoint) -> str:
+    """Loss per token kind beside that of predicting each dimension's marginal."""
+    lines = [f"{'loss, nats per token':<22}{'model':>8}{'marginal':>10}"]
+    losses, marginal = (checkpoint.metadata[key] for key in ("eval_losses", "marginal_losses"))
+    lines += [f"{kind:<22}{losses[kind]:8.3f}{marginal[kind]:10.3f}" for kind in TOKEN_KINDS]
+    return "\n".join(lines)

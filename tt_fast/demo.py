@@ -1,0 +1,274 @@
+"""The whole product in a few minutes: a small real dataset, training, planning in MuJoCo, a report.
+
+Nothing is prepared: the model is trained here and its returns are whatever they are.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+
+from tt_fast.checkpoint import Checkpoint
+from tt_fast.config import ModelConfig, PlanConfig, TrainConfig
+from tt_fast.data import OfflineDataset, load_dataset
+from tt_fast.envs import make_env
+from tt_fast.evaluate import evaluate
+from tt_fast.planning import Planner
+from tt_fast.report import Report, write_report
+from tt_fast.results import EvalResult
+from tt_fast.train import train
+from tt_fast.validate import require_int, require_number
+from tt_fast.video import RenderError, observation_names, render_episode
+
+DATASET = "assets/hopper-demo.hdf5"
+
+#: Shares of the time for training and for playing; what is left is for loading and the report.
+_TRAINING_SHARE, _PLAYING_SHARE = 0.50, 0.28
+#: The environment's own limit, steps.
+_LONGEST_EPISODE = 1000
+#: Decisions after which planning's speed is known well enough.
+_REHEARSAL_STEPS = 20
+_MAX_FRAMES = 300
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What fits the time. Windows of 5 transitions are all that the planner ever looks at."""
+
+    model: ModelConfig
+    train: TrainConfig
+    plan: PlanConfig
+    episodes: int
+    playing_seconds: float
+    max_steps: int
+    """Cap of an episode's steps, lowered further where the time asks for it"""
+
+
+@dataclass
+class _Log:
+    """Tells the user what happens and remembers how long it took."""
+
+    say: Say
+    seconds: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a part of the demo."""
+        start = time.monotonic()
+        yield
+        self.seconds[name] = time.monotonic() - start
+
+    def note(self, text: str) -> None:
+        """Say something that the report repeats."""
+        self.notes.append(text)
+        self.say(text)
+
+
+def run_demo(
+    output_dir: str | Path,
+    *,
+    minutes: float = 6.0,
+    seed: int = 0,
+    smoke: bool = False,
+    progress: bool = True,
+    say: Say = lambda _: None,
+) -> Path:
+    """Train on the hopper data that come with the package, plan in MuJoCo, write a report.
+
+    The folder then holds report.html, results.json, figures/, episode.mp4 (where OpenGL is found)
+    and run/ with the checkpoint.
+
+    Args:
+        output_dir: a new or empty folder.
+        minutes: all of it takes about so long, on any machine; more trains and plays longer.
+        seed: of weights, data order, plans and environments.
+        smoke: a tiny model and a few steps, only to see that everything runs.
+        progress: show progress bars.
+        say: called with a line of text now and then, such as `print`.
+
+    Returns:
+        The path of report.html.
+
+    Raises:
+        ImportError: gymnasium or MuJoCo is missing.
+        FileExistsError: `output_dir` is not empty.
+        ValueError: numbers out of range.
+    """
+    require_number("minutes", minutes, 1.0)
+    require_int("seed", seed, 0)
+    folder = _new_folder(Path(output_dir))
+    log = _Log(say)
+    with log.phase("loading"):
+        dataset = load_demo_dataset()
+        make_env(str(dataset.env_id)).close()  # without MuJoCo, fail now and not after training
+    settings = (_smoke_settings if smoke else _settings)(dataset, minutes, seed)
+    say(_describe_start(dataset, settings))
+    with log.phase("training"):
+        checkpoint = train(
+            dataset, settings.model, settings.train, folder / "run", progress=progress
+        )
+    with log.phase("playing"):
+        result = _play(checkpoint, settings, seed, progress, log)
+    with log.phase("drawing the video"):
+        video, caption = _film(result, folder / "episode.mp4", log)
+    commands = _commands(folder, minutes, seed, smoke, result)
+    report = Report(
+        dataset,
+        checkpoint,
+        result,
+        metrics_csv=folder / "run" / "metrics.csv",
+        video=video,
+        video_caption=caption,
+        observation_names=observation_names(result.env_id),
+        notes=log.notes,
+        phases=log.seconds,
+        commands=commands,
+    )
+    return write_report(folder, report)
+
+
+def load_demo_dataset() -> OfflineDataset:
+    """The hopper episodes that come with the package."""
+    with resources.as_file(resources.files("tt_fast").joinpath(DATASET)) as path:
+        return load_dataset(path)
+
+
+def _new_folder(folder: Path) -> Path:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"output_dir: expected a new or empty folder, got {folder}")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _settings(dataset: OfflineDataset, minutes: float, seed: int) -> _Settings:
+    return _Settings(
+        model=ModelConfig(
+            dataset.observation_dim,
+            dataset.action_dim,
+            num_transitions=5,
+            num_layers=3,
+            num_heads=2,
+            embed_dim=64,
+        ),
+        train=TrainConfig(
+            batch_size=64,
+            learning_rate=2e-3,
+            max_minutes=_TRAINING_SHARE * minutes,
+            seed=seed,
+        ),
+        plan=PlanConfig(horizon=5, beam_width=4, n_expand=2),
+        episodes=3,
+        playing_seconds=60.0 * _PLAYING_SHARE * minutes,
+        max_steps=_LONGEST_EPISODE,
+    )
+
+
+def _smoke_settings(dataset: OfflineDataset, minutes: float, seed: int) -> _Settings:
+    return _Settings(
+        model=ModelConfig(
+            dataset.observation_dim,
+            dataset.action_dim,
+            num_transitions=3,
+            num_layers=2,
+            num_heads=2,
+            embed_dim=16,
+        ),
+        train=TrainConfig(
+            batch_size=64, learning_rate=2e-3, max_tokens=60_000, log_steps=2, seed=seed
+        ),
+        plan=PlanConfig(horizon=3, beam_width=2, n_expand=2, max_context_transitions=3),
+        episodes=2,
+        playing_seconds=60.0 * minutes,
+        max_steps=12,
+    )
+
+
+def _describe_start(dataset: OfflineDataset, settings: _Settings) -> str:
+    summary, model = dataset.summary(), settings.model
+    budget = settings.train.max_minutes
+    length = f"{budget:.1f} minutes" if budget else f"{settings.train.max_tokens:,} tokens"
+    return (
+        f"Training for {length} on {summary.name}: {summary.num_transitions:,} transitions of "
+        f"{dataset.env_id}, {summary.num_episodes} episodes with returns of "
+        f"{summary.returns.min:.0f} to {summary.returns.max:.0f}. "
+        f"Model: {model.num_layers} layers, width {model.embed_dim}."
+    )
+
+
+def _play(
+    checkpoint: Checkpoint, settings: _Settings, seed: int, progress: bool, log: _Log
+) -> EvalResult:
+    """Play episodes, capped in steps where the time would not do for whole ones."""
+    planner = Planner(checkpoint, settings.plan, seed=seed)
+    # seeds of the rehearsal lie apart from those of the episodes
+    rehearsal = evaluate(planner, seed=seed + 1_000_000, max_steps=_REHEARSAL_STEPS, progress=False)
+    decisions = rehearsal.decisions_per_second * settings.playing_seconds
+    max_steps = max(_REHEARSAL_STEPS, int(decisions / settings.episodes))
+    max_steps = min(max_steps, settings.max_steps)
+    log.note(
+        f"Plans have {_plan_text(settings.plan)}, made by the {planner.backend_name} backend; the "
+        f"original's setting is {_plan_text(PlanConfig())}."
+    )
+    result = evaluate(
+        planner,
+        episodes=settings.episodes,
+        num_envs=settings.episodes,
+        seed=seed,
+        max_steps=max_steps,
+        record=True,
+        progress=progress,
+    )
+    _note_returns(result, max_steps, log)
+    return result
+
+
+def _plan_text(plan: PlanConfig) -> str:
+    return f"horizon {plan.horizon} and beam {plan.beam_width}x{plan.n_expand}"
+
+
+def _note_returns(result: EvalResult, max_steps: int, log: _Log) -> None:
+    cut = sum(1 for n, ended in zip(result.lengths, result.terminated, strict=True)
+              if n == max_steps < _LONGEST_EPISODE and not ended)  # fmt: skip
+    if cut:
+        log.note(
+            f"{cut} of {len(result.lengths)} episodes were stopped at {max_steps} steps to fit the "
+            f"time; the dataset's run for up to {_LONGEST_EPISODE}, so their returns are not alike."
+        )
+    returns = ", ".join(f"{value:.0f}" for value in result.returns)
+    log.note(f"Returns: {returns}. They are what this short training and small beam earn.")
+
+
+def _film(result: EvalResult, path: Path, log: _Log) -> tuple[Path | None, str]:
+    """The video of the first episode and its caption; None where this machine cannot draw."""
+    assert result.record is not None
+    stride = math.ceil(len(result.record.actions) / _MAX_FRAMES)
+    try:
+        caption = render_episode(result.record, result.env_id, path, stride=stride)
+    except (RenderError, ImportError) as error:
+        log.note(f"There is no video: {error}.")
+        return None, ""
+    return path, caption
+
+
+def _commands(
+    folder: Path, minutes: float, seed: int, smoke: bool, result: EvalResult
+) -> list[str]:
+    plan = result.plan_config
+    settings = f"--horizon {plan.horizon} --beam-width {plan.beam_width} --n-expand {plan.n_expand}"
+    context = f"--max-context-transitions {plan.max_context_transitions}"
+    short = " --smoke" if smoke else ""
+    return [
+        "# all of it",
+        f"tt-fast demo --output-dir {folder} --minutes {minutes:g} --seed {seed}{short}",
+        "# only the episodes, with the checkpoint of this report",
+        f"tt-fast evaluate {folder / 'run'} {settings} {context} "
+        f"--episodes {len(result.returns)} --seeds {seed} --max-steps {result.max_steps}",
+    ]
