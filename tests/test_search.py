@@ -169,7 +169,10 @@ def test_nothing_else_is_accepted(bad: str) -> None:
             ({"k_act": 10}, r"k_act: expected an integer >= 1 and <= 9, got 10"),
             ({"max_context_transitions": 1}, r"max_context_transitions: expected at least 2"),
             ({"overflow": "grow", "horizon": 4}, r"overflow: expected context \+ horizon <= .*=4"),
-            ({"backend": "abacus"}, r"backend: expected one of 'auto', 'reference', got 'abacus'"),
+            (
+                {"backend": "abacus"},
+                r"backend: expected one of 'auto', 'reference', 'torch', got 'abacus'",
+            ),
         ],
         "model": [],
     }

@@ -47,14 +47,19 @@ class ReferenceBackend:
         num_draws = config.num_draws(dims.observation_dim, dims.action_dim)
         plans = []
         with _evaluated(self.model, config.dtype) as model:
+            decoder = self.make_decoder(model, window_len(model, config))
             for i, context in enumerate(contexts):
                 uniforms = draws.uniforms(i, num_draws, config.num_rows)
-                plans.append(_BeamPlanner(self, model, config, uniforms).run(context))
+                plans.append(_BeamPlanner(self, decoder, config, uniforms).run(context))
         tokens, scores, rewards, values, traces = zip(*plans, strict=True)
         return BeamPlan(
             np.stack(tokens), np.array(scores), np.stack(rewards), np.stack(values),
             tuple(traces) if trace else None,
         )  # fmt: skip
+
+    def make_decoder(self, model: TrajectoryTransformer, max_len: int) -> Decoder:
+        """What turns sequences into logits."""
+        return Decoder(model, max_len)
 
     def select(self, scores: Floats, beam_width: int) -> Tokens:
         """Rows to keep, best first: by score descending, then row ascending."""
@@ -111,35 +116,64 @@ class ReferenceBackend:
         return BeamSequence(x[0].cpu().numpy(), total[:, 0].cpu().numpy())
 
 
+class Decoder:
+    """Sequences that grow a token at a time, and the logits of their next tokens.
+
+    Args:
+        model: in eval mode.
+        max_len: most tokens that a forward pass sees.
+    """
+
+    def __init__(self, model: TrajectoryTransformer, max_len: int) -> None:
+        self.model, self.max_len = model, max_len
+        self.device = model.pos_emb.device
+        self.x = torch.empty(0, 0, dtype=torch.int64, device=self.device)
+        """(rows, T) tokens"""
+
+    def begin(self, context: Tensor, num_rows: int) -> None:
+        """Start with `num_rows` copies of a context (T,)."""
+        self.x = context.to(self.device).repeat(num_rows, 1)
+
+    def expand(self, n_expand: int) -> None:
+        """Copies as blocks: row i and row i + num_rows share a parent (core.py:54)."""
+        self.x = self.x.repeat(n_expand, 1)
+
+    def logits(self) -> Tensor:
+        """(rows, vocab_size + 1) float32 logits of the next token."""
+        return last_logits(self.model, self.x, self.max_len)
+
+    def append(self, tokens: Tensor) -> None:
+        """Add a token (rows,) to every row."""
+        self.x = torch.cat([self.x, tokens[:, None]], dim=1)
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows, in this order."""
+        self.x = self.x[rows]
+
+
 class _BeamPlanner:
     """One plan of one context (core.py:11-96). R = beam_width * n_expand."""
 
     def __init__(
-        self,
-        backend: ReferenceBackend,
-        model: TrajectoryTransformer,
-        config: PlanConfig,
-        uniforms: Floats,
+        self, backend: ReferenceBackend, decoder: Decoder, config: PlanConfig, uniforms: Floats
     ) -> None:
-        self.backend, self.model, self.config = backend, model, config
-        self.uniforms = torch.from_numpy(uniforms).to(model.pos_emb.device)
-        self.max_len = window_len(model, config)
+        self.backend, self.decoder, self.config = backend, decoder, config
+        self.uniforms = torch.from_numpy(uniforms).to(decoder.device)
         self.drawn: list[Tokens] = []
 
     def run(self, context: Tokens) -> tuple[Tokens, float, Tokens, Tokens, PlanTrace]:
         """Tokens (horizon, transition_dim), score, rewards, values (horizon,) and the trace."""
-        config, dims = self.config, self.model.config
+        config, decoder, dims = self.config, self.decoder, self.decoder.model.config
         discount = DEFAULT_DISCOUNT if config.discount is None else config.discount
-        x = torch.from_numpy(context).to(self.uniforms.device).repeat(config.beam_width, 1)
+        decoder.begin(torch.from_numpy(context), config.beam_width)
         returns = np.zeros(config.beam_width)  # discounted rewards so far, float64
         path = np.zeros((config.beam_width, 2, 0), np.float32)  # rewards and values so far
         factor = 1.0  # discount ** t, a running product: the same on every backend
         steps = []
         for t in range(config.horizon):
-            # copies as blocks: row i and row i + beam_width share a parent (core.py:54)
-            x = x.repeat(config.n_expand, 1)
-            x, _ = self._sample_n(x, dims.action_dim, config.k_act, config.cdf_act)
-            x, probs = self._sample_n(x, 2, config.k_rew, config.cdf_rew)
+            decoder.expand(config.n_expand)
+            self._sample_n(dims.action_dim, config.k_act, config.cdf_act)
+            probs = self._sample_n(2, config.k_rew, config.cdf_rew)
             rewards, values = (e.numpy() for e in self.backend.estimate(probs, config.estimate))
 
             returns = np.tile(returns, config.n_expand) + factor * rewards.astype(np.float64)
@@ -148,30 +182,29 @@ class _BeamPlanner:
             parents = self.backend.select(scores, config.beam_width)
             steps.append((rewards, values, scores, parents))
 
-            x, returns = x[torch.from_numpy(parents).to(x.device)], returns[parents]
+            returns = returns[parents]
             path = np.tile(path, (config.n_expand, 1, 1))
             path = np.dstack([path, np.stack([rewards, values], axis=1)])[parents]
+            decoder.keep(torch.from_numpy(parents).to(decoder.device))
             if t < config.horizon - 1:
-                x, _ = self._sample_n(x, dims.observation_dim, config.k_obs, config.cdf_obs)
-        beams = x.cpu().numpy()
+                self._sample_n(dims.observation_dim, config.k_obs, config.cdf_obs)
+        beams = decoder.x.cpu().numpy()
         plan = beams[0].reshape(-1, dims.transition_dim)[-config.horizon :]
         stacked = (np.stack(column) for column in zip(*steps, strict=True))
         trace = PlanTrace(tuple(self.drawn), *stacked, beams)  # type: ignore[call-arg]
         return plan, float(scores[parents[0]]), path[0, 0], path[0, 1], trace
 
-    def _sample_n(
-        self, x: Tensor, count: int, top_k: int | None, cdf: float | None
-    ) -> tuple[Tensor, Tensor]:
-        """Append `count` sampled tokens to x (rows, T); also raw probs (rows, count, V + 1)."""
+    def _sample_n(self, count: int, top_k: int | None, cdf: float | None) -> Tensor:
+        """Append `count` sampled tokens; their raw probs (rows, count, vocab_size + 1)."""
         raw = []
         for _ in range(count):
-            logits = last_logits(self.model, x, self.max_len) / self.config.temperature
+            logits = self.decoder.logits() / self.config.temperature
             raw.append(logits.softmax(dim=-1))
             probs = truncate(logits, top_k, cdf).softmax(dim=-1)
-            token = draw(probs, self.uniforms[len(self.drawn), : len(x)])
-            self.drawn.append(token.cpu().numpy())
-            x = torch.cat([x, token[:, None]], dim=1)
-        return x, torch.stack(raw, dim=1)
+            tokens = draw(probs, self.uniforms[len(self.drawn), : len(probs)])
+            self.drawn.append(tokens.cpu().numpy())
+            self.decoder.append(tokens)
+        return torch.stack(raw, dim=1)
 
 
 def window_len(model: TrajectoryTransformer, config: PlanConfig) -> int:
@@ -190,10 +223,14 @@ def last_logits(
     A longer x loses whole transitions from the left, and positions count from 0 again
     (sampling.py:51-75).
     """
-    step = model.config.transition_dim
-    num_cropped = -(-max(0, x.shape[1] - max_len) // step) * step
-    logits: Tensor = model(x[:, num_cropped:], goal)[:, -1]
+    start = window_start(x.shape[1], max_len, model.config.transition_dim)
+    logits: Tensor = model(x[:, start:], goal)[:, -1]
     return logits.float()
+
+
+def window_start(num_tokens: int, max_len: int, transition_dim: int) -> int:
+    """First token of the window that a sequence of `num_tokens` is cropped to."""
+    return -(-max(0, num_tokens - max_len) // transition_dim) * transition_dim
 
 
 @contextmanager

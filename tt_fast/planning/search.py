@@ -13,10 +13,11 @@ from tt_fast.config import DEFAULT_DISCOUNT, ModelConfig, PlanConfig
 from tt_fast.discretizer import Discretizer
 from tt_fast.model import TrajectoryTransformer
 from tt_fast.planning.base import BeamPlan, BeamSequence, Draws, Floats, PlanBackend, Tokens
+from tt_fast.planning.cached import TorchBackend
 from tt_fast.planning.reference import ReferenceBackend
 from tt_fast.validate import require, require_choice, require_int, require_number
 
-BACKENDS = ("reference",)
+BACKENDS = {"reference": ReferenceBackend, "torch": TorchBackend}
 
 
 def make_backend(
@@ -32,7 +33,7 @@ def make_backend(
         shape = (model.config.vocab_size, model.config.transition_dim)
         got = (discretizer.num_bins, discretizer.transition_dim)
         require(got == shape, "discretizer", f"(num_bins, transition_dim) = {shape}", got)
-    return ReferenceBackend(model, discretizer)
+    return BACKENDS["torch" if name == "auto" else name](model, discretizer)
 
 
 def beam_plan(
@@ -55,7 +56,7 @@ def beam_plan(
         contexts: (num_contexts, context_len) tokens, or a sequence of 1-D arrays of different
             lengths; each is past transitions, then the current observation.
         plan_config: default `PlanConfig()`; a discount of None means 0.99.
-        backend: "auto" or "reference".
+        backend: "reference", "torch" or "auto" (torch).
         seed: context i draws with seed + i.
         plan_index: index of the plan among those of a seed.
         uniforms: (num_contexts, num_draws, beam_width * n_expand) in [0, 1), used instead of the
@@ -106,7 +107,7 @@ def beam_search(
         top_k: keep only so many candidates of each distribution.
         cdf: remove this mass of the least likely candidates.
         temperature: divides the logits.
-        backend: "auto" or "reference".
+        backend: "reference", "torch" or "auto" (torch).
 
     Raises:
         ValueError: an argument of the wrong shape, type or range.
