@@ -140,6 +140,7 @@ def small_result(record: EpisodeRecord | None, **fields: Any) -> EvalResult:
         "terminated": (False, True),
         "plan_config": PlanConfig(horizon=5, beam_width=4, n_expand=2, discount=0.99),
         "plan_freq": 1,
+        "prefix_context": True,
         "backend": "reference",
         "num_envs": 2,
         "num_decisions": 42,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from importlib import import_module
 from importlib.resources import files
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -15,7 +17,7 @@ from toy_env import ACTION_DIM, OBSERVATION_DIM, register_toy
 
 import tt_fast
 from tt_fast.checkpoint import Checkpoint, newest_checkpoint
-from tt_fast.cli import main
+from tt_fast.cli import main, parse
 from tt_fast.commands.plan import read_observation
 from tt_fast.config import ModelConfig, PlanConfig
 from tt_fast.data import load_dataset
@@ -449,8 +451,30 @@ def test_evaluate_refuses_what_would_count_twice(capsys, model):
     expected = "seeds: expected numbers at least episodes=4 apart, as episode j has seed + j, got"
     assert shown.startswith(expected)
     shown = refuse(capsys, "evaluate", model, model / ".." / model.name)
-    assert shown.startswith("checkpoints: expected different folders, got")
+    assert shown.startswith("checkpoints: expected different models, got")
     assert refuse(capsys, "evaluate").startswith("checkpoints: expected at least one folder")
+
+
+def test_evaluate_refuses_bad_outputs_before_it_plays(capsys, model, tmp_path):
+    for option in ("--out", "--video", "--histogram"):
+        shown = refuse(capsys, "evaluate", model, option, tmp_path)
+        assert shown.startswith(f"{option[2:]}: expected the name of a file, got 'the folder")
+    shown = refuse(capsys, "evaluate", model, "--histogram", tmp_path / "h.foo")
+    assert shown == "histogram: expected .png, .pdf or .svg, got '.foo'"
+
+
+def readme_commands():
+    """Every `tt-fast` line of the README, as words."""
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    lines = [line.split("tt-fast ", 1)[1] for line in text.splitlines() if "tt-fast " in line]
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+def test_every_command_of_the_readme_parses():
+    commands = [words for words in readme_commands() if "`" not in "".join(words)]
+    assert len(commands) >= 6
+    for words in commands:
+        assert parse(words).run
 
 
 def test_evaluate_names_a_missing_environment(capsys, tmp_path):

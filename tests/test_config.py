@@ -7,6 +7,7 @@ import json
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -134,7 +135,10 @@ def test_model_config_refuses(field: str, value: Any, message: str) -> None:
         ("seed", -1, "expected an integer >= 0 and <= 9223372036854775807, got -1"),
         ("learning_rate", 0.0, POSITIVE),
         ("weight_decay", -1.0, NON_NEGATIVE),
-        ("betas", (0.9,), "expected two numbers, got (0.9,)"),
+        ("betas", (0.9,), "expected a tuple of two numbers, got (0.9,)"),
+        ("betas", None, "expected a tuple of two numbers, got None"),
+        ("betas", ("a", "b"), "expected a finite number in [0.0, 1.0], got 'a'"),
+        ("step", 1001, "expected at most max_path_length=1000, got 1001"),
         ("betas", (0.9, 1.0), "expected numbers in [0, 1), got (0.9, 1.0)"),
         ("grad_clip", 0.0, POSITIVE),
         ("discount", 1.5, PROBABILITY),
@@ -190,3 +194,11 @@ def test_every_field_has_a_refusal_above(cls: Any, test: Any) -> None:
     refused = {case[0] for mark in test.pytestmark for case in mark.args[1]}
     unchecked = {"goal_conditioned", "device"}  # a flag, and a name that torch checks
     assert {field.name for field in dataclasses.fields(cls)} - unchecked == refused
+
+
+def test_numpy_numbers_become_pythons() -> None:
+    config = ModelConfig(np.int64(3), np.int32(2), embed_dropout=np.float32(0.5))
+    plain = config_to_dict(config)
+    assert json.loads(json.dumps(plain)) == plain
+    assert config_from_dict(ModelConfig, plain) == config
+    assert PlanConfig(estimate=np.float32(0.9)).estimate == np.float32(0.9)

@@ -28,7 +28,13 @@ def result_of(returns, **changes):
     count = len(returns)
     fields = {"env_id": "Hopper-v4", "dataset": "d", "ref_scores": (0.0, 200.0), "seed": 0}
     fields |= {"returns": tuple(returns), "lengths": (3,) * count, "terminated": (True,) * count}
-    fields |= {"plan_config": PlanConfig(), "plan_freq": 1, "backend": "reference", "num_envs": 1}
+    fields |= {
+        "plan_config": PlanConfig(),
+        "plan_freq": 1,
+        "prefix_context": True,
+        "backend": "reference",
+        "num_envs": 1,
+    }
     fields |= {"num_decisions": 10, "seconds": 4.0, "wall_seconds": 5.0}
     return EvalResult(**fields | changes)
 

@@ -46,7 +46,7 @@ def built(request: pytest.FixtureRequest) -> Built:
         int(golden["sequence_length"]) // step,
         num_bins,
         step=step,
-        max_path_length=transitions.max_path_length,
+        max_path_length=int(golden["max_path_length"]),
     )
     return Built(golden, transitions, discretizer, windows)
 

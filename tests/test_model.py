@@ -12,6 +12,7 @@ import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import tiny_model, weights_equal
 
 from tt_fast.config import TOKEN_KINDS, ModelConfig
 from tt_fast.model import TrajectoryTransformer, attention_mask
@@ -299,9 +300,28 @@ def test_bad_targets() -> None:
             torch.zeros(1, 2, dtype=torch.int64),
             "goal: expected shape (1, 3), got (1, 2)",
         ),
-        (goal_config(), torch.tensor([[0, 0, 5]]), "goal: expected ids in [0, 4], got [[0, 0, 5]]"),
+        (goal_config(), torch.tensor([[0, 0, 5]]), "goal: expected ids in [0, 4], got '0..5'"),
     ],
 )
 def test_bad_goals(config: ModelConfig, goal: torch.Tensor | None, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         random_model(config)(random_tokens(config, 1, 4), goal)
+
+
+def test_the_originals_stored_masks_are_ignored() -> None:
+    """Its state_dict holds blocks.i.attn.mask, [1, 1, block, block] (transformers.py:25)."""
+    model = tiny_model()
+    stored = {f"blocks.{i}.attn.mask": torch.ones(1, 1, 27, 27) for i in range(2)}
+    copy = TrajectoryTransformer(model.config)
+    copy.load_state_dict(model.state_dict() | stored)
+    assert weights_equal(model, copy)
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        copy.load_state_dict(model.state_dict() | {"blocks.0.attn.bias": torch.ones(1)})
+
+
+def test_loss_refuses_shapes_that_differ() -> None:
+    model, tokens = tiny_model(), torch.zeros(3, 6, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"targets: expected shape \(3, 6\), got \(6, 3\)"):
+        model.loss(tokens, tokens.T, torch.ones(3, 6))
+    with pytest.raises(ValueError, match=r"mask: expected shape \(3, 6\), got \(3, 1\)"):
+        model.loss(tokens, tokens, torch.ones(3, 1))

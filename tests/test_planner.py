@@ -115,8 +115,12 @@ def test_discount_is_the_checkpoints_unless_given() -> None:
     assert make_planner().plan_config.discount == 0.9
     assert make_planner(PlanConfig(discount=0.5)).plan_config.discount == 0.5
     checkpoint = tiny_checkpoint()
-    bare = Checkpoint(checkpoint.model, checkpoint.discretizer, {})
-    assert Planner(bare, CONFIG).plan_config.discount == 0.99
+    for metadata, want in (({}, 0.99), ({"discount": None}, 0.99), ({"discount": 0.0}, 0.0)):
+        other = Checkpoint(checkpoint.model, checkpoint.discretizer, metadata)
+        assert Planner(other, CONFIG).plan_config.discount == want
+    other = Checkpoint(checkpoint.model, checkpoint.discretizer, {"discount": "x"})
+    with pytest.raises(ValueError, match=r"checkpoint.metadata\['discount'\]: expected a finite"):
+        Planner(other, CONFIG)
 
 
 @pytest.mark.parametrize("plan_freq", [1, 2])
@@ -143,6 +147,26 @@ def test_staggered_environments_equal_single_ones(plan_freq: int) -> None:
             for i in np.flatnonzero(active):
                 single[i].observe(rewards[i])
     assert batch.num_plans == sum(planner.num_plans for planner in single)
+
+
+def test_a_seed_given_at_reset_stays() -> None:
+    planner = make_planner(num_envs=2)
+    planner.reset(seed=9)
+    planner.reset()
+    planner.reset(1)
+    rows = observations(2)
+    want = [make_planner(seed=9 + i).act(rows[i]) for i in range(2)]
+    np.testing.assert_array_equal(planner.act(rows), want)
+
+
+def test_one_terminated_flag_for_all_environments() -> None:
+    planner, rows = make_planner(num_envs=2), observations(2)
+    planner.act(rows)
+    planner.observe(np.zeros(2))
+    planner.act(rows)
+    planner.observe(np.zeros(2), terminated=True)
+    with pytest.raises(RuntimeError, match="expected reset first, environment 0"):
+        planner.act(rows)
 
 
 def test_replicate_makes_fresh_clocks_on_the_same_model() -> None:
@@ -188,6 +212,9 @@ def test_bad_rewards_enter_nothing() -> None:
         planner.observe(np.nan)
     with pytest.raises(ValueError, match=r"reward: expected shape \(\), got \(1,\)"):
         planner.observe([1.0])
+    for flag in (None, 2, 0.5, [True]):
+        with pytest.raises(ValueError, match=r"terminated: expected bool of shape \(\)"):
+            planner.observe(1.0, flag)
     planner.observe(1.0)
     other = make_planner()
     other.act(row)
@@ -226,6 +253,8 @@ def test_calls_out_of_order() -> None:
         ({"num_envs": 0}, r"num_envs: expected an integer >= 1, got 0"),
         ({"seed": -1}, r"seed: expected an integer >= 0"),
         ({"action_bounds": (1.0, -1.0)}, r"action_bounds: expected low <= high"),
+        ({"action_bounds": (-1.0, [1.0] * 3)}, r"action_bounds: expected \(low, high\)"),
+        ({"action_bounds": (1.0,)}, r"action_bounds: expected \(low, high\)"),
         ({"backend": "abacus"}, r"backend: expected one of"),
     ],
 )

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_dataset, tiny_model_config, tiny_train_config, weights_equal
+from tiny import NUM_BINS, tiny_dataset, tiny_model_config, tiny_train_config, weights_equal
 
 from tt_fast import Checkpoint, train
 from tt_fast.config import TOKEN_KINDS
@@ -94,7 +94,7 @@ def test_metadata_and_files(tmp_path: Path) -> None:
         "step_00000005",
         "step_00000007",
     ]
-    assert [row[0] for row in _columns(tmp_path)] == [3, 6]
+    assert [row[0] for row in _columns(tmp_path)] == [3, 6, 7]
     assert list((tmp_path / "tensorboard").glob("events*"))
 
 
@@ -102,6 +102,23 @@ def test_metadata_and_files(tmp_path: Path) -> None:
 def test_goal_conditioned_models_train(tmp_path: Path, goal_conditioned: bool) -> None:
     model_config = tiny_model_config(goal_conditioned=goal_conditioned)
     config = tiny_train_config(max_tokens=500)
+    checkpoint = train(tiny_dataset(), model_config, config, tmp_path, progress=False)
+    assert checkpoint.metadata["tokens"] >= 500
+
+
+def test_a_budget_in_minutes(tmp_path: Path) -> None:
+    config = tiny_train_config(max_minutes=0.02)
+    arguments = (tiny_dataset(), tiny_model_config(), config, tmp_path)
+    first = train(*arguments, progress=False)
+    assert first.metadata["seconds"] >= 1.2
+    again = train(*arguments, resume=True, progress=False)
+    assert weights_equal(first.model, again.model)
+
+
+@pytest.mark.parametrize("changes", [{"step": 2}, {"num_bins": 300}])
+def test_other_windows_and_vocabularies_train(tmp_path: Path, changes: dict[str, int]) -> None:
+    model_config = tiny_model_config(vocab_size=changes.get("num_bins", NUM_BINS))
+    config = tiny_train_config(max_tokens=500, strategy="uniform", **changes)
     checkpoint = train(tiny_dataset(), model_config, config, tmp_path, progress=False)
     assert checkpoint.metadata["tokens"] >= 500
 
@@ -233,15 +250,24 @@ def test_resume_refuses_another_run(tmp_path: Path) -> None:
     wider = tiny_model_config(embed_dim=32)
     with pytest.raises(ValueError, match=r"model_config.embed_dim: expected 16, to resume"):
         train(tiny_dataset(), wider, config, tmp_path, resume=True, progress=False)
+    scaled = tiny_dataset()
+    scaled = replace(scaled, observations=2 * scaled.observations)  # the same tokens
+    with pytest.raises(ValueError, match=r"dataset.sha256: expected"):
+        train(scaled, tiny_model_config(), config, tmp_path, resume=True, progress=False)
     other = tiny_dataset(seed=1)
-    with pytest.raises(ValueError, match=r"dataset.tokens_sha256: expected"):
+    with pytest.raises(ValueError, match=r"dataset.sha256: expected"):
         train(other, tiny_model_config(), config, tmp_path, resume=True, progress=False)
 
 
 def test_resume_refuses_a_damaged_state(tmp_path: Path) -> None:
     _run(tmp_path, 3)
     state = tmp_path / "checkpoints" / "step_00000003" / "training_state.safetensors"
-    state.write_bytes(state.read_bytes()[:100])
+    content = bytearray(state.read_bytes())
+    content[-5] ^= 1
+    state.write_bytes(content)
+    with pytest.raises(ValueError, match=r"training_state.safetensors: damaged: its SHA-256"):
+        _run(tmp_path, 5, resume=True)
+    state.write_bytes(content[:100])
     with pytest.raises(ValueError, match=r"training_state.safetensors: absent or damaged"):
         _run(tmp_path, 5, resume=True)
 
@@ -277,10 +303,45 @@ def test_configs_that_do_not_fit(
         train(tiny_dataset(), model_config, config, tmp_path, progress=False)
 
 
+def test_wrong_types_are_named(tmp_path: Path) -> None:
+    config = tiny_train_config()
+    with pytest.raises(
+        ValueError, match=r"model_config: expected a tt_fast.ModelConfig, got 'dict'"
+    ):
+        train(tiny_dataset(), {}, config, tmp_path)  # type: ignore[arg-type]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="output_dir: expected a folder or a new name"):
+        train(tiny_dataset(), tiny_model_config(), config, tmp_path / "file")
+
+
 def test_diverging_loss_stops_with_the_last_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(FloatingPointError, match=r"loss: expected a finite number, got nan"):
+    with pytest.raises(FloatingPointError, match=r"(loss|norm): expected a finite number, got"):
         _run(tmp_path, 500, learning_rate=1e30, grad_clip=1e30, checkpoint_steps=1)
     Checkpoint.load(tmp_path)
+
+
+def test_spoilt_gradients_stop_before_the_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip, calls = torch.nn.utils.clip_grad_norm_, iter(range(1, 1000))
+
+    def spoiling_clip(parameters: Any, max_norm: float) -> torch.Tensor:
+        parameters = list(parameters)
+        if next(calls) == 5:
+            parameters[0].grad.view(-1)[0] = torch.inf
+        return clip(parameters, max_norm)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spoiling_clip)
+    with pytest.raises(FloatingPointError, match=r"gradient norm: expected a finite .* at step 4"):
+        _run(tmp_path, 8, checkpoint_steps=1)
+    assert Checkpoint.load(tmp_path).metadata["step"] == 4
+
+
+def test_a_smaller_budget_still_ends_with_an_evaluation(tmp_path: Path) -> None:
+    _run(tmp_path, 7)
+    resumed = _run(tmp_path, 9, resume=True, checkpoint_steps=1)
+    assert resumed.metadata["eval_losses"]
+    assert Checkpoint.load(tmp_path).metadata["eval_losses"] == resumed.metadata["eval_losses"]
 
 
 def test_auto_device_is_one_that_works() -> None:

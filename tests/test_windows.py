@@ -77,7 +77,6 @@ def test_only_the_last_raw_row_is_left_out() -> None:
     built = build_transitions(data, discount=0.9, termination_penalty=None)
     assert built.path_lengths.tolist() == [3, 2]
     assert built.values.shape == (5, 7)
-    assert built.max_path_length == 1000
 
 
 def test_the_penalty_replaces_the_reward_of_terminations_alone() -> None:

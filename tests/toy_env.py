@@ -60,6 +60,7 @@ class ScriptedPlanner:
 
     backend_name = "scripted"
     plan_freq = 1
+    prefix_context = True
 
     def __init__(self, num_envs: int | None = None, **metadata: Any) -> None:
         config = ModelConfig(OBSERVATION_DIM, ACTION_DIM)

@@ -13,7 +13,8 @@ import json
 import platform
 import subprocess
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -81,7 +82,8 @@ class Checkpoint:
         folder = resolve(folder)
         header = _read_json(folder / _CONFIG)
         _check_header(folder, header)
-        config = config_from_dict(ModelConfig, header["model"])
+        with _naming(folder / _CONFIG):
+            config = config_from_dict(ModelConfig, header["model"])
         model = _load_model(folder / _WEIGHTS, config)
         discretizer = None
         if _DISCRETIZER in header["sha256"]:
@@ -197,6 +199,15 @@ def _check_shapes(path: Path, config: ModelConfig, found: Mapping[str, Any]) -> 
             raise ValueError(f"{path}: {name}: expected shape {want} by {_CONFIG}, got {got}")
 
 
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """A ValueError inside names the file."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
 def _load_discretizer(path: Path, config: ModelConfig) -> Discretizer:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
@@ -208,7 +219,8 @@ def _load_discretizer(path: Path, config: ModelConfig) -> Discretizer:
         raise ValueError(
             f"{path}: expected thresholds {shape} by {_CONFIG}, got {thresholds.shape}"
         )
-    return Discretizer(thresholds)
+    with _naming(path):
+        return Discretizer(thresholds)
 
 
 def _sha256(path: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -18,7 +19,7 @@ from tt_fast.commands.plan import Plan
 from tt_fast.commands.train import Train
 
 #: What a user can cause; anything else is our bug and shows its traceback.
-_USER_ERRORS = (ValueError, OSError, ImportError, RuntimeError, ArithmeticError)
+_USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
 
 _OPTIONS = (
     tyro.conf.OmitArgPrefixes,
@@ -62,8 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"tt-fast {__version__}")
         return 0
-    parsed = tyro.cli(CommandLine, prog="tt-fast", args=argv, config=_OPTIONS).command
-    command: Command = parsed.command if isinstance(parsed, Data) else parsed
+    command = parse(argv)
+    sys.path.insert(0, str(Path.cwd()))  # for module:callable, as `python -m` would
     try:
         command.run()
     except KeyboardInterrupt:
@@ -75,6 +76,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"tt-fast: error: {_one_line(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+def parse(argv: Sequence[str]) -> Command:
+    """The subcommand of a command line; exits with 2 and says why if there is none."""
+    parsed = tyro.cli(CommandLine, prog="tt-fast", args=argv, config=_OPTIONS).command
+    return parsed.command if isinstance(parsed, Data) else parsed
 
 
 def _one_line(error: Exception) -> str:

@@ -118,17 +118,28 @@ def _fill(
     require(num_rows <= num_transitions, "num_transitions", expected, num_transitions)
     pending: list[Rows] = []
     flushed_at = time.monotonic()
-    with tqdm(total=num_transitions, initial=num_rows, unit="step", disable=not progress) as bar:
-        while num_rows < num_transitions:
-            rows = _run_episode(env, policy, seed + episode, num_transitions - num_rows, bar)
-            pending.append(rows)
-            num_rows += len(rows["rewards"])
-            episode += 1
-            is_full = num_rows - writer.num_rows >= FLUSH_ROWS or num_rows == num_transitions
-            if is_full or time.monotonic() - flushed_at >= FLUSH_SECONDS:
-                writer.append({key: np.concatenate([r[key] for r in pending]) for key in rows})
-                pending.clear()
-                flushed_at = time.monotonic()
+    try:
+        with tqdm(
+            total=num_transitions, initial=num_rows, unit="step", disable=not progress
+        ) as bar:
+            while num_rows < num_transitions:
+                rows = _run_episode(env, policy, seed + episode, num_transitions - num_rows, bar)
+                pending.append(rows)
+                num_rows += len(rows["rewards"])
+                episode += 1
+                is_full = num_rows - writer.num_rows >= FLUSH_ROWS
+                if is_full or time.monotonic() - flushed_at >= FLUSH_SECONDS:
+                    _flush(writer, pending)
+                    flushed_at = time.monotonic()
+    finally:
+        _flush(writer, pending)
+
+
+def _flush(writer: DatasetWriter, pending: list[Rows]) -> None:
+    """Write the whole episodes that wait."""
+    if pending:
+        writer.append({key: np.concatenate([r[key] for r in pending]) for key in pending[0]})
+        pending.clear()
 
 
 def _run_episode(env: ControlEnv, policy: _Policy, seed: int, max_steps: int, bar: Any) -> Rows:

@@ -7,6 +7,7 @@ torch, so a config can be read anywhere.
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -74,6 +75,7 @@ class ModelConfig:
             require_number(name, getattr(self, name), 0.0, 1.0)
         for name in ("action_weight", "reward_weight", "value_weight"):
             require_number(name, getattr(self, name), 0.0)
+        require_choice("goal_conditioned", self.goal_conditioned, (False, True))
         require_choice("goal_value_mask", self.goal_value_mask, ("correct", "original"))
 
     @property
@@ -144,13 +146,17 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("batch_size", "step", "max_path_length", "log_steps", "checkpoint_steps"):
             require_int(name, getattr(self, name), 1)
+        longest = self.max_path_length
+        require(self.step <= longest, "step", f"at most max_path_length={longest}", self.step)
         require_int("num_bins", self.num_bins, 2)
         require_int("seed", self.seed, 0, 2**63 - 1)
         require_number("learning_rate", self.learning_rate, 0.0, open_low=True)
         require_number("weight_decay", self.weight_decay, 0.0)
-        require(len(self.betas) == 2, "betas", "two numbers", self.betas)
+        is_pair = isinstance(self.betas, tuple) and len(self.betas) == 2
+        require(is_pair, "betas", "a tuple of two numbers", self.betas)
         for beta in self.betas:
-            require(0.0 <= beta < 1.0, "betas", "numbers in [0, 1)", self.betas)
+            require_number("betas", beta, 0.0, 1.0)
+            require(beta < 1.0, "betas", "numbers in [0, 1)", self.betas)
         require_number("grad_clip", self.grad_clip, 0.0, open_low=True)
         require_number("discount", self.discount, 0.0, 1.0)
         require_number("checkpoint_minutes", self.checkpoint_minutes, 0.0, open_low=True)
@@ -217,7 +223,7 @@ class PlanConfig:
                 require_number(name, getattr(self, name), 0.0, 1.0)
         require_number("temperature", self.temperature, 0.0, open_low=True)
         if self.estimate != "mean":
-            is_number = isinstance(self.estimate, (int, float))
+            is_number = isinstance(self.estimate, numbers.Real)
             inside = is_number and 0.0 < float(self.estimate) < 1.0
             require(inside, "estimate", '"mean" or a percentile in (0, 1)', self.estimate)
         require_choice("overflow", self.overflow, ("crop", "grow"))
@@ -241,8 +247,9 @@ Config = TypeVar("Config", bound=ModelConfig | TrainConfig | PlanConfig)
 
 
 def config_to_dict(config: ModelConfig | TrainConfig | PlanConfig) -> dict[str, Any]:
-    """The fields of `config`, ready for JSON."""
-    return dataclasses.asdict(config)
+    """The fields of `config`, ready for JSON: numpy's numbers become Python's."""
+    fields = dataclasses.asdict(config)
+    return {k: v.item() if hasattr(v, "item") else v for k, v in fields.items()}
 
 
 def config_from_dict(cls: type[Config], values: dict[str, Any]) -> Config:

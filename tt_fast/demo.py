@@ -103,6 +103,7 @@ def run_demo(
         ImportError: gymnasium or MuJoCo is missing.
         FileExistsError: `output_dir` is not empty.
         ValueError: numbers out of range.
+        KeyboardInterrupt: Ctrl-C; the checkpoint so far is in run/.
     """
     require_number("minutes", minutes, 1.0)
     require_int("seed", seed, 0)
@@ -239,6 +240,8 @@ def _play(
         record=True,
         progress=progress,
     )
+    if result.interrupted:  # some episodes ended first, but they are not what was asked for
+        raise KeyboardInterrupt
     _note_returns(result, max_steps, log)
     return result
 
@@ -253,7 +256,7 @@ def _note_returns(result: EvalResult, max_steps: int, log: _Log) -> None:
     if cut:
         log.note(
             f"{cut} of {len(result.lengths)} episodes were stopped at {max_steps} steps to fit the "
-            f"time; the dataset's run for up to {_LONGEST_EPISODE}, so their returns are not alike."
+            f"time; the dataset's run for up to {_LONGEST_EPISODE}, so their returns can be higher."
         )
     returns = ", ".join(f"{value:.0f}" for value in result.returns)
     log.note(f"Returns: {returns}. They are what this short training and small beam earn.")

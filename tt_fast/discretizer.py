@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tt_fast.config import Strategy
-from tt_fast.validate import require, require_choice, require_int
+from tt_fast.validate import refuse, require, require_choice, require_int
 
 Floats = NDArray[np.float64]
 Tokens = NDArray[np.int64]
@@ -31,7 +31,7 @@ class Discretizer:
     """
 
     def __init__(self, thresholds: ArrayLike) -> None:
-        edges = np.array(thresholds, dtype=np.float64)
+        edges = _as_floats("thresholds", thresholds)
         shape_ok = edges.ndim == 2 and edges.shape[0] >= 2 and edges.shape[1] >= 1
         require(shape_ok, "thresholds", "shape (num_bins + 1, transition_dim)", edges.shape)
         require(bool(np.isfinite(edges).all()), "thresholds", "finite numbers", "NaN or Inf")
@@ -57,7 +57,7 @@ class Discretizer:
             ValueError: bad shape, NaN or Inf (with its row and column), or too few rows for
                 `num_bins` quantiles; the message names the largest number that works.
         """
-        columns = np.asarray(transitions, dtype=np.float64)
+        columns = _as_floats("transitions", transitions)
         shape_ok = columns.ndim == 2 and columns.shape[0] >= 1 and columns.shape[1] >= 1
         require(shape_ok, "transitions", "shape (num_steps, transition_dim)", columns.shape)
         _require_finite("transitions", columns)
@@ -90,7 +90,7 @@ class Discretizer:
             (n, dims) int64 tokens in [0, num_bins - 1].
         """
         edges = self.thresholds[:, dims]
-        values = np.asarray(x, dtype=np.float64)
+        values = _as_floats("x", x)
         shape_ok = values.ndim == 2 and values.shape[1] == edges.shape[1]
         require(shape_ok, "x", f"shape (n, {edges.shape[1]})", values.shape)
         _require_finite("x", values)
@@ -131,7 +131,7 @@ class Discretizer:
             (n,) float64.
         """
         weights = self._check_probs(probs).astype(np.float64)
-        edges = self.thresholds[:, dim]
+        edges = self.thresholds[:, self._check_dim(dim)]
         return (weights @ edges[:-1] + weights @ edges[1:]) / 2.0
 
     def percentile(self, probs: ArrayLike, q: float, dim: int) -> Floats:
@@ -153,7 +153,7 @@ class Discretizer:
         require(0.0 < q < 1.0, "q", "a percentile in (0, 1)", q)
         passes = np.cumsum(self._check_probs(probs), axis=-1) > q
         first = np.argmax(passes, axis=-1)  # 0 where none passes
-        edges = self.thresholds[:, dim]
+        edges = self.thresholds[:, self._check_dim(dim)]
         midpoints: Floats = (edges[first - 1] + edges[first]) / 2.0
         return midpoints
 
@@ -163,8 +163,21 @@ class Discretizer:
         require(shape_ok, "probs", f"shape (n, {self.num_bins})", weights.shape)
         return weights
 
+    def _check_dim(self, dim: int) -> int:
+        inside = -self.transition_dim <= dim < self.transition_dim
+        require(inside, "dim", f"one of {self.transition_dim} dimensions", dim)
+        return dim
+
     def __repr__(self) -> str:
         return f"Discretizer(num_bins={self.num_bins}, transition_dim={self.transition_dim})"
+
+
+def _as_floats(name: str, values: ArrayLike) -> Floats:
+    """A float64 copy of array-like numbers."""
+    try:
+        return np.array(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: expected an array of numbers: {error}") from error
 
 
 def _quantile_thresholds(columns: Floats, num_bins: int) -> Floats:
@@ -173,7 +186,7 @@ def _quantile_thresholds(columns: Floats, num_bins: int) -> Floats:
     if not _quantiles_exist(num_steps, num_bins):
         largest = next(n for n in range(num_bins, 0, -1) if _quantiles_exist(num_steps, n))
         expected = f"at most {largest} for {num_steps} rows (the largest that works)"
-        require(False, "num_bins", expected, num_bins)
+        refuse("num_bins", expected, num_bins)
     ordered = np.sort(columns, axis=0)
     stride = _stride(num_steps, num_bins)
     return np.concatenate([ordered[::stride], ordered[-1:]])
@@ -191,5 +204,4 @@ def _quantiles_exist(num_steps: int, num_bins: int) -> bool:
 def _require_finite(name: str, values: Floats) -> None:
     if not np.isfinite(values).all():
         row, column = np.argwhere(~np.isfinite(values))[0]
-        got = f"{values[row, column]} at row {row}, column {column}"
-        require(False, name, "finite numbers", got)
+        refuse(name, "finite numbers", f"{values[row, column]} at row {row}, column {column}")

@@ -66,9 +66,10 @@ def evaluate(
         RenderError: a video is asked for and this machine cannot draw it; known before playing.
         KeyboardInterrupt: Ctrl-C before any episode was finished.
     """
-    require_int("episodes", episodes, 1)
-    require_int("num_envs", num_envs, 1)
-    require_int("seed", seed, 0)
+    episodes = require_int("episodes", episodes, 1)
+    num_envs = require_int("num_envs", num_envs, 1)
+    seed = require_int("seed", seed, 0)
+    max_steps = None if max_steps is None else require_int("max_steps", max_steps, 1)
     env_id = _resolve_env_id(planner, env_id)
     if video is not None:
         _rehearse(env_id, Path(video))
@@ -81,7 +82,9 @@ def evaluate(
         for env in envs:
             env.close()
     result = rollouts.result(planner, env_id)
-    if video is not None and result.record is not None:
+    if video is not None and result.record is None:
+        warnings.warn("no video was written: its episode was not finished", stacklevel=2)
+    elif video is not None and result.record is not None:
         _film(result.record, env_id, seed, video)
     return result
 
@@ -178,6 +181,7 @@ class _Rollouts:
             terminated=tuple(episode.terminated for episode in finished),
             plan_config=planner.plan_config,
             plan_freq=planner.plan_freq,
+            prefix_context=planner.prefix_context,
             backend=planner.backend_name,
             num_envs=len(self._envs),
             num_decisions=self._num_decisions,
@@ -295,8 +299,6 @@ def _check_env(env: ControlEnv, planner: Planner, max_steps: int | None) -> None
         limited = env.max_episode_steps is not None
         wanted = f"a number of steps, as {env.env_id} has no time limit"
         require(limited, "max_steps", wanted, max_steps)
-    else:
-        require_int("max_steps", max_steps, 1)
 
 
 def _ref_scores(metadata: Mapping[str, Any], env_id: str) -> tuple[float, float] | None:

@@ -57,6 +57,6 @@ def marginal_losses(windows: TokenWindows, model_config: ModelConfig) -> dict[st
     dims = (model_config.observation_dim, model_config.action_dim, 1, 1)
     parts = np.split(np.arange(windows.transition_dim), np.cumsum(dims)[:-1])
     return {
-        kind: float(np.average(entropies[part], weights=counts[part]))
+        kind: float(entropies[part] @ counts[part] / max(1, counts[part].sum()))
         for kind, part in zip(TOKEN_KINDS, parts, strict=True)
     }

@@ -50,9 +50,9 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
     path = Path(path)
     if not path.exists():
         return []
-    with path.open(newline="") as file:
-        rows = [r for r in csv.DictReader(file) if None not in r.values() and None not in r]
-    return [{name: float(value) for name, value in row.items()} for row in rows]
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(whole.splitlines())]
 
 
 def _as_text(row: dict[str, float]) -> dict[str, str]:

@@ -8,6 +8,7 @@ D transition_dim.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -111,6 +112,7 @@ class TrajectoryTransformer(nn.Module):
         self.apply(_init_weights)
         self.register_buffer("_mask", attention_mask(config), persistent=False)
         self._mask: Tensor
+        self.register_load_state_dict_pre_hook(_drop_stored_masks)  # type: ignore[no-untyped-call]
 
     def forward(self, tokens: Tensor, goal: Tensor | None = None) -> Tensor:
         """Logits of the token after each position.
@@ -162,12 +164,16 @@ class TrajectoryTransformer(nn.Module):
     def token_losses(self, tokens: Tensor, targets: Tensor, goal: Tensor | None = None) -> Tensor:
         """(B, T) cross-entropy of each target token, nats."""
         self._check_tokens("targets", targets)
+        shape = tuple(tokens.shape)
+        require(targets.shape == tokens.shape, "targets", f"shape {shape}", tuple(targets.shape))
         logits = self(tokens, goal)
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
         return losses.view(targets.shape)
 
     def weighted_loss(self, token_losses: Tensor, mask: Tensor) -> Tensor:
         """Scalar loss from `token_losses` (B, T) and `mask` (B, T)."""
+        shape = tuple(token_losses.shape)
+        require(mask.shape == token_losses.shape, "mask", f"shape {shape}", tuple(mask.shape))
         weights = self._target_weights(token_losses.shape[1]).to(token_losses)
         return (token_losses * weights * mask).mean()
 
@@ -232,12 +238,12 @@ class TrajectoryTransformer(nn.Module):
         per_kind = [1.0, config.action_weight, config.reward_weight, config.value_weight]
         return torch.tensor(per_kind)[self.target_kinds(num_tokens)]
 
-    def _check_tokens(self, name: str, tokens: Tensor) -> None:
+    def _check_tokens(self, name: str, tokens: Tensor, limit: int | None = None) -> None:
         integers = not tokens.is_floating_point() and not tokens.is_complex()
         require(integers, name, "integers", tokens.dtype)
         if tokens.device.type == "cpu" and tokens.numel():  # elsewhere the check would wait
             low, high = int(tokens.min()), int(tokens.max())
-            limit = self.config.vocab_size
+            limit = self.config.vocab_size if limit is None else limit
             require(low >= 0 and high <= limit, name, f"ids in [0, {limit}]", f"{low}..{high}")
 
     def _check_goal(self, goal: Tensor | None, batch: int) -> None:
@@ -248,10 +254,7 @@ class TrajectoryTransformer(nn.Module):
             return
         shape = (batch, config.observation_dim)
         require(tuple(goal.shape) == shape, "goal", f"shape {shape}", tuple(goal.shape))
-        if goal.device.type == "cpu":
-            top = config.vocab_size - 1
-            inside = int(goal.min()) >= 0 and int(goal.max()) <= top
-            require(inside, "goal", f"ids in [0, {top}]", goal.tolist())
+        self._check_tokens("goal", goal, config.vocab_size - 1)
 
 
 def attention_mask(config: ModelConfig) -> Tensor:
@@ -266,6 +269,12 @@ def attention_mask(config: ModelConfig) -> Tensor:
     shift = config.goal_len if config.goal_value_mask == "correct" else 0
     mask[:, shift + config.transition_dim - 1 :: config.transition_dim] = False
     return mask
+
+
+def _drop_stored_masks(_: nn.Module, state_dict: dict[str, Any], *__: Any) -> None:
+    """The original stores every block's mask (transformers.py:25); ours follows from the config."""
+    for name in [name for name in state_dict if name.endswith("attn.mask")]:
+        del state_dict[name]
 
 
 def _init_weights(module: nn.Module) -> None:

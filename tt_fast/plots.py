@@ -255,11 +255,11 @@ def _draw_stored(axes: Axes, returns: Floats, bins: Floats, name: str) -> None:
     counts, _, _ = axes.hist(returns, bins=bins.tolist(), color=FILL, rwidth=0.92)
     top = float(np.max(np.asarray(counts)))
     mean, best = float(returns.mean()), float(returns.max())
-    axes.vlines([mean, best], 0.0, 1.1 * top, color=MUTED, linewidth=1.0, linestyle=(0, (3, 2)))
     label = f"{name}: {len(returns)} episodes, mean {mean:.0f}"
-    _label_beside(axes, mean, 1.05 * top, label, MUTED)
-    _label_beside(axes, best, 0.88 * top, f"best {best:.0f}", MUTED)
-    axes.set_ylim(0.0, 1.18 * top)
+    for value, text, height in ((mean, label, 1.1), (best, f"best {best:.0f}", 1.25)):
+        axes.vlines(value, 0.0, (height + 0.05) * top, color=MUTED, linewidth=1.0, linestyle=":")
+        _label_beside(axes, value, height * top, text, MUTED)
+    axes.set_ylim(0.0, 1.35 * top)
     axes.set_xlabel("return of an episode (undiscounted)")
     axes.set_ylabel("episodes")
 

@@ -274,7 +274,8 @@ def _settings_section(report: Report) -> str:
         re.split(r"  +", line, maxsplit=1) for line in str(report.dataset.summary()).splitlines()
     )
     dataset = [(name, value) for name, value in lines]
-    plan = {**config_to_dict(result.plan_config), "plan_freq": result.plan_freq}
+    acting = {"plan_freq": result.plan_freq, "prefix_context": result.prefix_context}
+    plan = {**config_to_dict(result.plan_config), **acting}
     training = checkpoint.metadata.get("train_config") or {}
     tables = [
         ("Dataset", dataset),
@@ -309,7 +310,13 @@ def _origin_section(report: Report) -> str:
 
 
 def _fields(values: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [(name, "none" if value is None else str(value)) for name, value in values.items()]
+    return [(name, _plain(value)) for name, value in values.items()]
+
+
+def _plain(value: object) -> str:
+    if value is None:
+        return "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _plan_text(result: EvalResult) -> str:

@@ -21,7 +21,15 @@ if TYPE_CHECKING:
     from tt_fast.planning import ImaginedPlan
 
 #: What all results of an `EvalSummary` have in common.
-_SETTING = ("env_id", "dataset", "ref_scores", "plan_config", "plan_freq", "max_steps")
+_SETTING = (
+    "env_id",
+    "dataset",
+    "ref_scores",
+    "plan_config",
+    "plan_freq",
+    "prefix_context",
+    "max_steps",
+)
 
 
 @dataclass(frozen=True)
@@ -126,6 +134,8 @@ class EvalResult(ScoredEpisodes):
     plan_config: PlanConfig
     plan_freq: int
     """Steps between two plans"""
+    prefix_context: bool
+    """Plans were conditioned on past transitions"""
     backend: str
     """Planning backend that ran"""
     num_envs: int
@@ -165,6 +175,7 @@ class EvalResult(ScoredEpisodes):
             "interrupted": self.interrupted,
             "plan_config": config_to_dict(self.plan_config),
             "plan_freq": self.plan_freq,
+            "prefix_context": self.prefix_context,
             "backend": self.backend,
             "num_envs": self.num_envs,
             "num_decisions": self.num_decisions,

@@ -152,10 +152,9 @@ class _Trainer:
         self.model = TrajectoryTransformer(model_config).to(device)
         self.optimizer = build_optimizer(self.model, config)
         self.budget = Budget(config, len(windows), windows.window_len)
-        self.identity = RunIdentity(
-            model_config, config, hashlib.sha256(windows.token_bytes()).hexdigest()
-        )
+        self.identity = RunIdentity(model_config, config, _digest(windows, discretizer))
         self.at = Position()
+        self._order, self._order_epoch = torch.empty(0, dtype=torch.int64), -1
         self.marginal_losses = marginal_losses(windows, model_config)
         self.eval_losses: dict[str, float] = {}
 
@@ -172,15 +171,19 @@ class _Trainer:
         try:
             with _deferred_interrupt() as interrupted:
                 self._run_steps(output_dir, log, bar, interrupted)
+                if interrupted.is_set():
+                    raise KeyboardInterrupt
         finally:
             bar.close()
             log.close()
-        if interrupted.is_set():
-            raise KeyboardInterrupt
+        if not self.eval_losses:
+            self.eval_losses = evaluate_losses(self.model, self.windows)
+            self._save(output_dir)
 
     def _run_steps(
         self, output_dir: Path, log: MetricsLog, bar: Any, interrupted: threading.Event
     ) -> None:
+        """Steps and their checkpoints; the last checkpoint of a run is `run`'s, unless stopped."""
         saved_step, saved_at = self.at.step, time.monotonic()
         clock, row_seconds, row_tokens = time.monotonic(), self.at.seconds, self.at.tokens
         while self.fraction < 1.0 and not interrupted.is_set():
@@ -188,17 +191,16 @@ class _Trainer:
             now = time.monotonic()
             self.at.seconds += now - clock
             clock = now
-            if self.at.sum_steps == self.config.log_steps:
+            if self.at.sum_steps == self.config.log_steps or self.fraction >= 1.0:
                 elapsed = self.at.seconds - row_seconds
                 self._log(log, bar, (self.at.tokens - row_tokens) / max(elapsed, 1e-9))
                 row_seconds, row_tokens = self.at.seconds, self.at.tokens
             minutes = (now - saved_at) / 60.0
             due = self.at.step % self.config.checkpoint_steps == 0
-            if (due or minutes >= self.config.checkpoint_minutes) and self.fraction < 1.0:
+            if due or minutes >= self.config.checkpoint_minutes:
                 self._save(output_dir)
                 saved_step, saved_at = self.at.step, time.monotonic()
         if self.at.step > saved_step:
-            self.eval_losses = evaluate_losses(self.model, self.windows)
             self._save(output_dir)
 
     @property
@@ -219,8 +221,10 @@ class _Trainer:
         loss = self.model.weighted_loss(token_losses, mask)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+        self._require_finite(loss, norm)
         self.optimizer.step()
+        self.eval_losses = {}
         self._account(loss, token_losses.detach(), targets, mask)
 
     def _next_window_ids(self) -> Tensor:
@@ -234,19 +238,21 @@ class _Trainer:
 
     def _epoch_order(self) -> Tensor:
         """(num_windows,) permutation of this epoch, made once."""
-        epoch, order = getattr(self, "_order", (-1, torch.empty(0)))
-        if epoch != self.at.epoch:
+        if self._order_epoch != self.at.epoch:
             rng = np.random.default_rng([self.config.seed, self.at.epoch])
-            order = torch.from_numpy(rng.permutation(len(self.windows)))
-            self._order = (self.at.epoch, order)
-        return order
+            self._order = torch.from_numpy(rng.permutation(len(self.windows)))
+            self._order_epoch = self.at.epoch
+        return self._order
+
+    def _require_finite(self, loss: Tensor, norm: Tensor) -> None:
+        """Stop before weights are spoilt: what is saved stays good."""
+        for name, value in (("loss", loss), ("gradient norm", norm)):
+            if not torch.isfinite(value):
+                got = f"{value.item()} at step {self.at.step}"
+                raise FloatingPointError(f"{name}: expected a finite number, got {got}")
 
     def _account(self, loss: Tensor, token_losses: Tensor, targets: Tensor, mask: Tensor) -> None:
         at = self.at
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"loss: expected a finite number, got {loss.item()} at step {at.step}"
-            )
         at.step += 1
         at.windows += len(targets)
         at.tokens += int((targets != self.model.config.vocab_size).sum())
@@ -312,6 +318,8 @@ class _Trainer:
     def _save(self, output_dir: Path) -> None:
         """Write checkpoints/step_N whole, then drop all but the newest ones."""
         folder = output_dir / "checkpoints" / f"step_{self.at.step:08d}"
+        if folder.exists():  # the same weights: what is new is their evaluation
+            shutil.rmtree(_hide(folder))
         with atomic_folder(folder) as temporary:
             self.checkpoint().write(temporary)
             write_state(temporary, self.identity, self.at, self.model, self.optimizer)
@@ -319,7 +327,18 @@ class _Trainer:
             shutil.rmtree(_hide(old))
 
 
+def _digest(windows: TokenWindows, discretizer: Discretizer) -> str:
+    """SHA-256 of the data as the model sees them."""
+    return hashlib.sha256(windows.token_bytes() + discretizer.thresholds.tobytes()).hexdigest()
+
+
 def _check_configs(dataset: OfflineDataset, model: ModelConfig, config: TrainConfig) -> None:
+    for name, value, kind in (
+        ("dataset", dataset, OfflineDataset),
+        ("model_config", model, ModelConfig),
+        ("train_config", config, TrainConfig),
+    ):
+        require(isinstance(value, kind), name, f"a tt_fast.{kind.__name__}", type(value).__name__)
     for name in ("observation_dim", "action_dim"):
         want, got = getattr(dataset, name), getattr(model, name)
         require(got == want, f"model_config.{name}", f"the dataset's {want}", got)
@@ -330,7 +349,10 @@ def _check_configs(dataset: OfflineDataset, model: ModelConfig, config: TrainCon
 
 def _prepare_folder(checkpoints: Path) -> None:
     """Make the folder; drop what a killed run left half-written or half-deleted in it."""
-    checkpoints.mkdir(parents=True, exist_ok=True)
+    try:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(f"output_dir: expected a folder or a new name: {error}") from error
     for leftover in checkpoints.glob(".step_*"):
         shutil.rmtree(leftover)
 

@@ -7,6 +7,7 @@ the header.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,7 +53,8 @@ class RunIdentity:
 
     model_config: ModelConfig
     train_config: TrainConfig
-    tokens_sha256: str
+    data_sha256: str
+    """Of tokens and thresholds"""
 
     def to_dict(self) -> dict[str, dict[str, object]]:
         """As it is kept, the fields that may change left out."""
@@ -60,7 +62,7 @@ class RunIdentity:
         return {
             "model_config": config_to_dict(self.model_config),
             "train_config": {k: v for k, v in train_config.items() if k not in _FREE_FIELDS},
-            "dataset": {"tokens_sha256": self.tokens_sha256},
+            "dataset": {"sha256": self.data_sha256},
         }
 
 
@@ -82,6 +84,7 @@ def write_state(
     about = {
         "position": json.dumps(dataclasses.asdict(position)),
         "identity": json.dumps(identity.to_dict()),
+        "sha256": _digest(tensors),
     }
     save_file(tensors, folder / _STATE, metadata=about)
 
@@ -103,6 +106,8 @@ def read_state(
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{folder / _STATE}: absent or damaged, cannot resume: {error}") from error
+    if about.get("sha256") != _digest(tensors):
+        raise ValueError(f"{folder / _STATE}: damaged: its SHA-256 is not the one it names")
     _check_identity(folder, json.loads(about["identity"]), identity)
     device = model.pos_emb.device
     for name, parameter in model.named_parameters():
@@ -116,6 +121,14 @@ def read_state(
     if device.type == "cuda" and "rng_cuda" in tensors:
         torch.cuda.set_rng_state(tensors["rng_cuda"], device)
     return Position(**json.loads(about["position"]))
+
+
+def _digest(tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 of all tensors' bytes, in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(tensors[name].numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _check_identity(

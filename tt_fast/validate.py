@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
+
+
+def refuse(name: str, expected: str, got: object) -> NoReturn:
+    """Raise ``ValueError("<name>: expected <expected>, got <got>")``."""
+    raise ValueError(f"{name}: expected {expected}, got {got!r}")
 
 
 def require(condition: bool, name: str, expected: str, got: object) -> None:
-    """Raise ``ValueError("<name>: expected <expected>, got <got>")`` unless `condition` holds."""
+    """`refuse` unless `condition` holds."""
     if not condition:
-        raise ValueError(f"{name}: expected {expected}, got {got!r}")
+        refuse(name, expected, got)
 
 
-def require_int(name: str, value: Any, minimum: int, maximum: int | None = None) -> None:
-    """`value` is an integer (bool is not) in [minimum, maximum]."""
+def require_int(name: str, value: Any, minimum: int, maximum: int | None = None) -> int:
+    """`value` as a Python int; it is an integer (bool is not) in [minimum, maximum]."""
     is_int = hasattr(value, "__index__") and not isinstance(value, bool)
     require(is_int, name, "an integer", value)
     upper = "" if maximum is None else f" and <= {maximum}"
     inside = value >= minimum and (maximum is None or value <= maximum)
     require(inside, name, f"an integer >= {minimum}{upper}", value)
+    return operator.index(value)
 
 
 def require_number(

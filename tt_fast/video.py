@@ -40,7 +40,7 @@ _GHOST_RGBA = (0.80, 0.84, 0.90, 0.45)
 _GAP, _BAR = 8, 36  # pixels between the pictures, and of the text above and below them
 
 
-class RenderError(RuntimeError):
+class RenderError(OSError):
     """Pictures cannot be drawn or encoded on this machine; everything else still works."""
 
 

@@ -38,8 +38,8 @@ class DataDownload(Command):
 
     name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
     """A D4RL name, such as hopper-medium-v2."""
-    progress: bool = True
-    """Show a progress bar."""
+    no_progress: bool = False
+    """Show no progress bar."""
 
     def run(self) -> None:
         from tt_fast.data.download import fetch_dataset
@@ -49,7 +49,7 @@ class DataDownload(Command):
         if info is None:
             nearest = ", ".join(nearest_names(self.name))
             raise ValueError(f"name: expected one of D4RL's ({nearest}, ...), got {self.name!r}")
-        print(fetch_dataset(info, progress=self.progress))
+        print(fetch_dataset(info, progress=not self.no_progress))
 
     def saved(self) -> str:
         return "the part that arrived is kept, and the same command continues after it"
@@ -69,8 +69,8 @@ class DataCollect(Command):
     """random, a stable-baselines3 .zip, or module:callable."""
     seed: int = 0
     """Seed of the first episode; episode j has seed + j."""
-    progress: bool = True
-    """Show a progress bar."""
+    no_progress: bool = False
+    """Show no progress bar."""
 
     def run(self) -> None:
         from tt_fast.collect import collect
@@ -81,7 +81,7 @@ class DataCollect(Command):
             self.num_transitions,
             self.out,
             seed=self.seed,
-            progress=self.progress,
+            progress=not self.no_progress,
         )
         print(out)
 

@@ -23,8 +23,8 @@ class Demo(Command):
     """Seed of weights, data order, plans and environments."""
     smoke: bool = False
     """A tiny model and a few steps, only to see that everything runs."""
-    progress: bool = True
-    """Show progress bars."""
+    no_progress: bool = False
+    """Show no progress bar."""
 
     def run(self) -> None:
         from tt_fast.demo import run_demo
@@ -34,7 +34,7 @@ class Demo(Command):
             minutes=self.minutes,
             seed=self.seed,
             smoke=self.smoke,
-            progress=self.progress,
+            progress=not self.no_progress,
             say=print,
         )
         print(f"report: {report}")

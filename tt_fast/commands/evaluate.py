@@ -46,8 +46,8 @@ class Evaluate(Command):
     """End every episode after so many steps."""
     plan_freq: int = 1
     """Steps between two plans."""
-    prefix_context: bool = True
-    """Condition plans on past transitions, not only on the observation."""
+    no_prefix_context: bool = False
+    """Plan from the observation alone, without past transitions."""
     backend: str = "auto"
     """Planning backend."""
     out: Path | None = None
@@ -58,8 +58,8 @@ class Evaluate(Command):
     """Picture (.png, .pdf, .svg) to write of the returns against those of --dataset."""
     dataset: str | None = None
     """Dataset of --histogram, as `tt-fast train` takes it."""
-    progress: bool = True
-    """Show a progress bar."""
+    no_progress: bool = False
+    """Show no progress bar."""
     plan: PlanConfig = field(default_factory=PlanConfig)
     """The beam search; defaults are the original's. Of --cdf-* and --k-* both apply, cdf first."""
     results: list[Any] = field(default_factory=list, init=False)
@@ -90,8 +90,16 @@ class Evaluate(Command):
 
     def _check(self) -> None:
         require(len(self.checkpoints) > 0, "checkpoints", "at least one folder", "none")
-        unique = len({path.resolve() for path in self.checkpoints}) == len(self.checkpoints)
-        require(unique, "checkpoints", "different folders", [str(p) for p in self.checkpoints])
+        from tt_fast.checkpoint import resolve
+
+        unique = len({resolve(p).resolve() for p in self.checkpoints}) == len(self.checkpoints)
+        require(unique, "checkpoints", "different models", [str(p) for p in self.checkpoints])
+        for name, path in (("out", self.out), ("video", self.video), ("histogram", self.histogram)):
+            is_folder = path is not None and path.is_dir()
+            require(not is_folder, name, "the name of a file", f"the folder {path}")
+        if self.histogram is not None:
+            suffix = self.histogram.suffix
+            require(suffix in (".png", ".pdf", ".svg"), "histogram", ".png, .pdf or .svg", suffix)
         seeds = sorted(self.seeds)
         apart = all(b - a >= self.episodes for a, b in pairwise(seeds))
         wanted = f"numbers at least episodes={self.episodes} apart, as episode j has seed + j"
@@ -116,7 +124,7 @@ class Evaluate(Command):
             self.plan,
             self.backend,
             plan_freq=self.plan_freq,
-            prefix_context=self.prefix_context,
+            prefix_context=not self.no_prefix_context,
         )
         result = evaluate(
             planner,
@@ -126,7 +134,7 @@ class Evaluate(Command):
             seed,
             video,
             max_steps=self.max_steps,
-            progress=self.progress,
+            progress=not self.no_progress,
         )
         return dataclasses.replace(result, checkpoint=str(folder))
 

@@ -51,8 +51,8 @@ class Train(Command):
     """Returns that score 0 and 100, if they are not known."""
     resume: bool = False
     """Continue from the newest checkpoint of the run folder."""
-    progress: bool = True
-    """Show a progress bar."""
+    no_progress: bool = False
+    """Show no progress bar."""
     model: ModelOptions = field(default_factory=ModelOptions)
     """The model; its dimensions come from the dataset, its vocab_size is --num-bins."""
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -72,7 +72,7 @@ class Train(Command):
             self.train,
             self.output_dir,
             resume=self.resume,
-            progress=self.progress,
+            progress=not self.no_progress,
         )
         print(_loss_table(checkpoint))
         print(newest_checkpoint(self.output_dir))

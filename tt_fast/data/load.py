@@ -86,9 +86,9 @@ def _read(source: Any) -> RawDataset:
         return read_minari(text.removeprefix(PREFIX))
     path = Path(text).expanduser()
     info = find_dataset(text)
-    if info is not None and not path.exists():
+    if info is not None and not path.is_file():  # a run folder may bear a dataset's name
         path = fetch_dataset(info)
-    if not path.exists():
+    if not path.is_file():
         _refuse_unknown(source, path)
     return _read_file(path)
 

@@ -24,8 +24,6 @@ class Transitions:
     """(num_steps, transition_dim)"""
     path_lengths: NDArray[np.int64]
     """(num_paths,), summing to num_steps"""
-    max_path_length: int
-    """Steps past which windows are not trained"""
 
 
 def build_transitions(
@@ -57,7 +55,7 @@ def build_transitions(
     values = discounted_values(rewards, path_lengths, discount)
     columns = [dataset.observations[:num_steps], dataset.actions[:num_steps]]
     rows = np.concatenate([*columns, rewards[:, None], values[:, None]], axis=1, dtype=np.float64)
-    return Transitions(rows, path_lengths, max_path_length)
+    return Transitions(rows, path_lengths)
 
 
 def _path_lengths(dataset: OfflineDataset, num_steps: int) -> NDArray[np.int64]:

@@ -16,7 +16,7 @@ from tt_fast.checkpoint import Checkpoint
 from tt_fast.config import DEFAULT_DISCOUNT, PlanConfig
 from tt_fast.planning.base import Draws, Floats, ImaginedPlan, Tokens
 from tt_fast.planning.search import check_overflow, check_plan, make_backend
-from tt_fast.validate import require, require_int
+from tt_fast.validate import refuse, require, require_int, require_number
 
 #: Stands for the unknown value of a past transition; no later position sees it (utils.py:8).
 VALUE_PLACEHOLDER = 1e6
@@ -71,26 +71,25 @@ class Planner:
         action_bounds: tuple[ArrayLike, ArrayLike] | None = None,
     ) -> None:
         if checkpoint.discretizer is None:
-            require(False, "checkpoint", "one with a discretizer", "discretizer=None")
-        assert checkpoint.discretizer is not None
-        discount = float(checkpoint.metadata.get("discount") or DEFAULT_DISCOUNT)
+            refuse("checkpoint", "one with a discretizer", "discretizer=None")
+        discount = checkpoint.metadata.get("discount")
+        discount = DEFAULT_DISCOUNT if discount is None else discount
+        require_number("checkpoint.metadata['discount']", discount, 0.0, 1.0)
         self.checkpoint = checkpoint
         self.plan_config = (plan_config or PlanConfig()).with_discount(discount)
         self.discretizer = checkpoint.discretizer
         model = checkpoint.model.config
         check_plan(model, self.plan_config)
-        require_int("seed", seed, 0)
-        require_int("plan_freq", plan_freq, 1, self.plan_config.horizon)
-        if num_envs is not None:
-            require_int("num_envs", num_envs, 1)
-        self.seed, self.num_envs, self.plan_freq = seed, num_envs, plan_freq
+        self.seed = require_int("seed", seed, 0)
+        self.plan_freq = require_int("plan_freq", plan_freq, 1, self.plan_config.horizon)
+        self.num_envs = None if num_envs is None else require_int("num_envs", num_envs, 1)
         self.prefix_context = prefix_context
         self.num_plans = 0
         self._model_config = model
         self._bounds = _check_bounds(action_bounds, model.action_dim)
         self._max_history = self._history_capacity()
         self._backend = make_backend(backend, checkpoint.model, self.discretizer)
-        self._clocks = [_Clock(seed + i) for i in range(num_envs or 1)]
+        self._clocks = [_Clock(self.seed + i) for i in range(self.num_envs or 1)]
 
     @property
     def backend_name(self) -> str:
@@ -123,16 +122,16 @@ class Planner:
 
         Args:
             env_idx: which one; None for all.
-            seed: the environment draws with this one from now on; all of them with seed + i.
+            seed: the environment draws with this one from now on; of all, environment i with
+                seed + i. None keeps the seeds.
         """
-        if seed is not None:
-            require_int("seed", seed, 0)
-        if env_idx is None:
-            base = self.seed if seed is None else seed
-            self._clocks = [_Clock(base + i) for i in range(len(self._clocks))]
+        base = None if seed is None else require_int("seed", seed, 0)
+        if env_idx is not None:
+            env_idx = require_int("env_idx", env_idx, 0, len(self._clocks) - 1)
+            self._clocks[env_idx] = _Clock(self._clocks[env_idx].seed if base is None else base)
             return
-        require_int("env_idx", env_idx, 0, len(self._clocks) - 1)
-        self._clocks[env_idx] = _Clock(self._clocks[env_idx].seed if seed is None else seed)
+        for i, clock in enumerate(self._clocks):
+            self._clocks[i] = _Clock(clock.seed if base is None else base + i)
 
     def act(self, observation: ArrayLike, active: ArrayLike | None = None) -> NDArray[np.float32]:
         """Choose actions.
@@ -172,7 +171,8 @@ class Planner:
         Args:
             reward: a number, or (num_envs,) for a batch; rows of environments that did not act are
                 ignored.
-            terminated: likewise; an environment that terminated must be reset before it acts.
+            terminated: likewise, or one for all; an environment that terminated must be reset
+                before it acts.
 
         Raises:
             ValueError: wrong shape, NaN or Inf; nothing has been remembered then.
@@ -181,8 +181,8 @@ class Planner:
         env_ids = [i for i, clock in enumerate(self._clocks) if clock.pending is not None]
         if not env_ids:
             raise RuntimeError("observe: expected after act, got no action that waits for a reward")
-        rewards = self._check_numbers("reward", reward)
-        ended = self._check_numbers("terminated", terminated).astype(bool)
+        rewards = self._check_rewards(reward)
+        ended = self._check_flags(terminated)
         _require_finite_rows("reward", rewards[:, None], env_ids)
         for i in env_ids:
             self._remember(self._clocks[i], rewards[i])
@@ -254,10 +254,18 @@ class Planner:
         shape = (width,) if self.num_envs is None else (self.num_envs, width)
         return _as_floats(name, values, shape).reshape(-1, width)
 
-    def _check_numbers(self, name: str, values: Any) -> Floats:
+    def _check_rewards(self, reward: Any) -> Floats:
         """(n,) float64 from one number or a batch of them."""
         shape = () if self.num_envs is None else (self.num_envs,)
-        return _as_floats(name, values, shape).reshape(-1)
+        return _as_floats("reward", reward, shape).reshape(-1)
+
+    def _check_flags(self, terminated: Any) -> NDArray[np.bool_]:
+        """(n,) bool from one flag or a batch of them."""
+        flags, count = np.asarray(terminated), len(self._clocks)
+        shapes = [()] if self.num_envs is None else [(), (count,)]
+        fits = flags.dtype.kind in "biu" and flags.shape in shapes and bool((flags <= 1).all())
+        require(fits, "terminated", f"bool of shape {shapes[-1]}", terminated)
+        return np.broadcast_to(flags.astype(np.bool_), (count,))
 
 
 def _as_floats(name: str, values: Any, shape: tuple[int | None, ...]) -> Floats:
@@ -265,7 +273,7 @@ def _as_floats(name: str, values: Any, shape: tuple[int | None, ...]) -> Floats:
     try:
         array = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError):
-        require(False, name, f"numbers of shape {shape}", values)
+        refuse(name, f"numbers of shape {shape}", values)
     require(array.shape == shape, name, f"shape {shape}", array.shape)
     return array
 
@@ -275,7 +283,7 @@ def _require_finite_rows(name: str, rows: Floats, env_ids: Sequence[int]) -> Non
         bad = np.flatnonzero(~np.isfinite(rows[i]))
         if bad.size:
             got = f"{rows[i, bad[0]]} at index {bad[0]} of environment {i}"
-            require(False, name, "finite numbers", got)
+            refuse(name, "finite numbers", got)
 
 
 def _check_bounds(
@@ -283,6 +291,10 @@ def _check_bounds(
 ) -> tuple[Floats, Floats] | None:
     if bounds is None:
         return None
-    low, high = (np.broadcast_to(np.asarray(b, np.float64), (action_dim,)) for b in bounds)
+    try:
+        low, high = (np.broadcast_to(np.asarray(b, np.float64), (action_dim,)) for b in bounds)
+    except (TypeError, ValueError) as error:
+        expected = f"(low, high), each a number or ({action_dim},) numbers"
+        raise ValueError(f"action_bounds: expected {expected}, got {bounds!r}") from error
     require(bool((low <= high).all()), "action_bounds", "low <= high", (low, high))
     return low, high

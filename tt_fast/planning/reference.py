@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tt_fast.config import DEFAULT_DISCOUNT, PlanConfig
+from tt_fast.config import PlanConfig
 from tt_fast.discretizer import Discretizer
 from tt_fast.model import TrajectoryTransformer
 from tt_fast.planning.base import BeamPlan, BeamSequence, Draws, Floats, PlanTrace, Tokens
@@ -164,7 +164,7 @@ class _BeamPlanner:
     def run(self, context: Tokens) -> tuple[Tokens, float, Tokens, Tokens, PlanTrace]:
         """Tokens (horizon, transition_dim), score, rewards, values (horizon,) and the trace."""
         config, decoder, dims = self.config, self.decoder, self.decoder.model.config
-        discount = DEFAULT_DISCOUNT if config.discount is None else config.discount
+        assert config.discount is not None  # `beam_plan` and `Planner` fill it in
         decoder.begin(torch.from_numpy(context), config.beam_width)
         returns = np.zeros(config.beam_width)  # discounted rewards so far, float64
         path = np.zeros((config.beam_width, 2, 0), np.float32)  # rewards and values so far
@@ -177,7 +177,7 @@ class _BeamPlanner:
             rewards, values = (e.numpy() for e in self.backend.estimate(probs, config.estimate))
 
             returns = np.tile(returns, config.n_expand) + factor * rewards.astype(np.float64)
-            factor *= discount
+            factor *= config.discount
             scores = returns + factor * values.astype(np.float64)
             parents = self.backend.select(scores, config.beam_width)
             steps.append((rewards, values, scores, parents))

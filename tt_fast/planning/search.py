@@ -73,8 +73,7 @@ def beam_plan(
     config = (plan_config or PlanConfig()).with_discount(DEFAULT_DISCOUNT)
     check_plan(model.config, config)
     arrays = _check_contexts(contexts, model.config, config)
-    require_int("seed", seed, 0)
-    require_int("plan_index", plan_index, 0)
+    seed, plan_index = require_int("seed", seed, 0), require_int("plan_index", plan_index, 0)
     count = len(arrays)
     given = None
     if uniforms is not None:
