@@ -61,8 +61,8 @@ def test_its_numbers_are_real(run: Run) -> None:
 def test_it_says_what_it_used(run: Run) -> None:
     said = "\n".join(run.said)
     assert "on hopper-demo: 57,615 transitions of Hopper-v4" in said
-    assert "horizon 3 and beam 2x2, made by the torch backend" in said
-    assert "the original's setting is horizon 15 and beam 128x2" in said
+    assert "horizon 3, beam 2x2, made by the torch backend" in said
+    assert "the original's setting is horizon 15, beam 128x2" in said
     assert "2 of 2 episodes were stopped at 12 steps" in said
     assert "They are what this short training and small beam earn." in said
     page = run.report.read_text(encoding="utf-8")

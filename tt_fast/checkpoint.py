@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 
 from tt_fast.config import ModelConfig, config_from_dict, config_to_dict
 from tt_fast.discretizer import Discretizer
-from tt_fast.files import atomic_folder
+from tt_fast.files import atomic_folder, to_json
 from tt_fast.model import TrajectoryTransformer
 
 _FORMAT = 1
@@ -228,7 +228,7 @@ def _sha256(path: Path) -> str:
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    path.write_text(to_json(values), encoding="utf-8")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from tt_fast.envs import make_env
 from tt_fast.evaluate import evaluate
 from tt_fast.planning import Planner
 from tt_fast.report import Report, write_report
-from tt_fast.results import EvalResult
+from tt_fast.results import EvalResult, plan_text
 from tt_fast.train import train
 from tt_fast.validate import require_int, require_number
 from tt_fast.video import RenderError, observation_names, render_episode
@@ -228,8 +228,8 @@ def _play(
     max_steps = max(_REHEARSAL_STEPS, int(decisions / settings.episodes))
     max_steps = min(max_steps, settings.max_steps)
     log.note(
-        f"Plans have {_plan_text(settings.plan)}, made by the {planner.backend_name} backend; the "
-        f"original's setting is {_plan_text(PlanConfig())}."
+        f"Plans have {plan_text(settings.plan)}, made by the {planner.backend_name} backend; the "
+        f"original's setting is {plan_text(PlanConfig())}."
     )
     result = evaluate(
         planner,
@@ -244,10 +244,6 @@ def _play(
         raise KeyboardInterrupt
     _note_returns(result, max_steps, log)
     return result
-
-
-def _plan_text(plan: PlanConfig) -> str:
-    return f"horizon {plan.horizon} and beam {plan.beam_width}x{plan.n_expand}"
 
 
 def _note_returns(result: EvalResult, max_steps: int, log: _Log) -> None:

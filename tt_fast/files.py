@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+
+def to_json(values: Mapping[str, Any]) -> str:
+    """Indented JSON of plain values; NaN and infinity, which JSON has not, are refused."""
+    return json.dumps(values, indent=2, allow_nan=False) + "\n"
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,10 +30,8 @@ from tt_fast.config import TOKEN_KINDS
 from tt_fast.discretizer import Discretizer
 from tt_fast.metrics import read_metrics
 from tt_fast.model import TrajectoryTransformer
+from tt_fast.results import EpisodeRecord, standard_error
 from tt_fast.validate import require, require_int
-
-if TYPE_CHECKING:
-    from tt_fast.results import EpisodeRecord
 
 Floats = NDArray[np.float64]
 
@@ -277,7 +275,7 @@ def _draw_scored(strip: Axes, axes: Axes, returns: Floats) -> None:
     mean = float(returns.mean())
     text = f"policy: {mean:.0f}"
     if len(returns) > 1:
-        error = returns.std(ddof=1) / math.sqrt(len(returns))
+        error = standard_error(returns.tolist())
         text = f"policy: {len(returns)} episodes, mean {mean:.0f} ± {error:.0f} (s.e.)"
     on_left = mean > sum(strip.get_xlim()) / 2
     outermost = float(returns.min() if on_left else returns.max())

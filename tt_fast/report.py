@@ -7,7 +7,6 @@ figures/*.png    the figures alone
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
@@ -26,10 +25,10 @@ from tt_fast import markup
 from tt_fast.checkpoint import Checkpoint
 from tt_fast.config import TOKEN_KINDS, config_to_dict
 from tt_fast.data.episodes import OfflineDataset
-from tt_fast.files import atomic_write
+from tt_fast.files import atomic_write, to_json
 from tt_fast.planning.planner import VALUE_PLACEHOLDER
 from tt_fast.plots import plot_attention, plot_imagined, plot_losses, plot_returns
-from tt_fast.results import EpisodeRecord, EvalResult
+from tt_fast.results import EpisodeRecord, EvalResult, mean_text, plan_text
 
 _FIGURE_DPI = 160
 #: Transitions of the context whose attention is drawn.
@@ -73,8 +72,7 @@ def write_report(folder: str | Path, report: Report) -> Path:
         with atomic_write(figures[name]) as temporary:
             figure.savefig(temporary, dpi=_FIGURE_DPI)
     with atomic_write(folder / "results.json") as temporary:
-        text = json.dumps(_results(report), indent=2, allow_nan=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.write_text(to_json(_results(report)), encoding="utf-8")
     page = folder / "report.html"
     with atomic_write(page) as temporary:
         temporary.write_text(_page(report, figures), encoding="utf-8")
@@ -189,9 +187,13 @@ def _key_figures(report: Report) -> list[tuple[str, str, str]]:
     stored = f"mean of {summary.num_episodes:,} episodes, best {summary.returns.max:,.0f}"
     trained = f"tokens, {metadata.get('tokens', 0) / 1e6:,.2f} million in all"
     return [
-        ("policy's return", _mean_text(result.mean_return, result.std_error), _scored(result)),
+        ("policy's return", mean_text(result.mean_return, result.std_error), _scored(result)),
         ("dataset's return", f"{summary.returns.mean:,.1f}", stored),
-        ("planning", f"{result.decisions_per_second:,.2f} /s", f"decisions, {_plan_text(result)}"),
+        (
+            "planning",
+            f"{result.decisions_per_second:,.2f} /s",
+            f"decisions, {plan_text(result.plan_config)}",
+        ),
         ("training", "unknown" if speed is None else f"{speed:,.0f} /s", trained),
     ]
 
@@ -200,7 +202,7 @@ def _scored(result: EvalResult) -> str:
     count = len(result.returns)
     text = f"{count} episode{'s' if count > 1 else ''}"
     if result.normalized_mean is not None:
-        score = _mean_text(result.normalized_mean, result.normalized_std_error)
+        score = mean_text(result.normalized_mean, result.normalized_std_error)
         text += f", normalised {score}"
     return text
 
@@ -297,7 +299,7 @@ def _timing(report: Report) -> list[tuple[str, str]]:
         *rows,
         ("planning speed", f"{result.decisions_per_second:,.2f} decisions/s, {each:,.0f} ms each"),
         ("decisions", f"{result.num_decisions:,}, {result.num_envs} environments side by side"),
-        ("planner", f"{result.backend} backend, {_plan_text(result)}"),
+        ("planner", f"{result.backend} backend, {plan_text(result.plan_config)}"),
         ("machine", f"{machine['system']}, {machine['cores']} cores"),
     ]
 
@@ -317,12 +319,3 @@ def _plain(value: object) -> str:
     if value is None:
         return "none"
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _plan_text(result: EvalResult) -> str:
-    plan = result.plan_config
-    return f"horizon {plan.horizon}, beam {plan.beam_width}x{plan.n_expand}"
-
-
-def _mean_text(mean: float, std_error: float | None) -> str:
-    return f"{mean:,.1f}" if std_error is None else f"{mean:,.1f} ± {std_error:,.1f}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 
 from tt_fast.config import PlanConfig, config_to_dict
 from tt_fast.data.registry import normalized_score
-from tt_fast.files import atomic_write
+from tt_fast.files import atomic_write, to_json
 from tt_fast.validate import require
 
 if TYPE_CHECKING:
@@ -71,7 +70,7 @@ class ScoredEpisodes:
     @property
     def std_error(self) -> float | None:
         """Standard error of `mean_return`; None for one episode."""
-        return _standard_error(self.returns)
+        return standard_error(self.returns)
 
     @property
     def normalized_scores(self) -> tuple[float, ...] | None:
@@ -90,7 +89,7 @@ class ScoredEpisodes:
     def normalized_std_error(self) -> float | None:
         """Standard error of `normalized_mean`; None for one episode."""
         scores = self.normalized_scores
-        return None if scores is None else _standard_error(scores)
+        return None if scores is None else standard_error(scores)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values of the fields and properties above."""
@@ -110,14 +109,14 @@ class ScoredEpisodes:
     def save(self, path: str | Path) -> None:
         """Write `to_dict()` as a JSON file, whole or not at all."""
         with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+            temporary.write_text(to_json(self.to_dict()), encoding="utf-8")
 
     def __str__(self) -> str:
         count = f"{len(self.returns)} episode{'s' if len(self.returns) > 1 else ''}"
         text = f"{self.env_id}, dataset {self.dataset}, {count}: return "
-        text += _mean_text(self.mean_return, self.std_error)
+        text += mean_text(self.mean_return, self.std_error)
         if self.normalized_mean is not None:
-            text += f", score {_mean_text(self.normalized_mean, self.normalized_std_error)}"
+            text += f", score {mean_text(self.normalized_mean, self.normalized_std_error)}"
         return text
 
 
@@ -224,11 +223,18 @@ def aggregate(results: Sequence[EvalResult]) -> EvalSummary:
     return EvalSummary(first.env_id, first.dataset, returns, first.ref_scores, tuple(results))
 
 
-def _standard_error(values: Sequence[float]) -> float | None:
+def standard_error(values: Sequence[float]) -> float | None:
+    """Standard error of the mean, n - 1 in its variance; None for fewer than two values."""
     if len(values) < 2:
         return None
     return float(np.std(values, ddof=1)) / math.sqrt(len(values))
 
 
-def _mean_text(mean: float, std_error: float | None) -> str:
-    return f"{mean:.1f}" if std_error is None else f"{mean:.1f} ± {std_error:.1f}"
+def plan_text(plan: PlanConfig) -> str:
+    """A plan's size in words."""
+    return f"horizon {plan.horizon}, beam {plan.beam_width}x{plan.n_expand}"
+
+
+def mean_text(mean: float, std_error: float | None) -> str:
+    """A mean and, if there is one, its standard error."""
+    return f"{mean:,.1f}" if std_error is None else f"{mean:,.1f} ± {std_error:,.1f}"

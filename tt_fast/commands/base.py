@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import json
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
-class Command:
+class Command(ABC):
     """What every subcommand has."""
 
     debug: bool = False
     """Show the traceback of an error."""
 
+    @abstractmethod
     def run(self) -> None:
         """Do it."""
-        raise NotImplementedError
 
     def saved(self) -> str:
         """What is on disk after Ctrl-C."""
         return "nothing was written"
-
-
-def to_json(values: Any) -> str:
-    """`values` as indented JSON."""
-    return json.dumps(values, indent=2)

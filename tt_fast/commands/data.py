@@ -8,7 +8,8 @@ from typing import Annotated
 
 import tyro
 
-from tt_fast.commands.base import Command, to_json
+from tt_fast.commands.base import Command
+from tt_fast.files import to_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,7 @@ class DataInfo(Command):
 
         dataset = load_dataset(self.source, env_id=self.env_id, ref_scores=self.ref_scores)
         summary = dataset.summary()
-        print(to_json(summary.to_dict()) if self.json else summary)
+        print(to_json(summary.to_dict()), end="") if self.json else print(summary)
 
 
 @dataclass(frozen=True, kw_only=True)

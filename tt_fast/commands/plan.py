@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from tt_fast.commands.base import Command, to_json
+from tt_fast.commands.base import Command
 from tt_fast.config import PlanConfig
+from tt_fast.files import to_json
 from tt_fast.validate import require
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class Plan(Command):
         planner.act(np.array(observation))
         plan = planner.last_plan
         assert isinstance(plan, ImaginedPlan)
-        print(to_json(_plan_values(plan)) if self.json else _plan_table(plan))
+        print(to_json(_plan_values(plan)), end="") if self.json else print(_plan_table(plan))
 
 
 def read_observation(words: Sequence[str]) -> list[float]:
