@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ import torch
 from tiny import NUM_BINS, tiny_dataset, tiny_model_config, tiny_train_config, weights_equal
 
 from tt_fast import Checkpoint, train
-from tt_fast.config import TOKEN_KINDS
+from tt_fast.checkpoint import newest_checkpoint
+from tt_fast.config import TOKEN_KINDS, ModelConfig
 from tt_fast.losses import marginal_losses
 from tt_fast.metrics import COLUMNS, read_metrics
 from tt_fast.train import pick_device, tokenize
@@ -28,11 +28,18 @@ def _columns(path: Path) -> list[tuple[float, ...]]:
     return [tuple(row[name] for name in names) for row in read_metrics(path / "metrics.csv")]
 
 
-def _run(output_dir: Path, steps: int, *, resume: bool = False, **changes: object) -> Checkpoint:
-    """`steps` optimiser steps in all, of a run whose schedule does not depend on them."""
-    dataset = tiny_dataset()
+def _run(
+    output_dir: Path,
+    steps: int,
+    model_config: ModelConfig | None = None,
+    *,
+    resume: bool = False,
+    **changes: Any,
+) -> Checkpoint:
+    """`steps` optimiser steps in all."""
     config = tiny_train_config(max_epochs=steps * 8 / _num_windows(), **changes)
-    return train(dataset, tiny_model_config(), config, output_dir, resume=resume, progress=False)
+    model_config = model_config or tiny_model_config()
+    return train(tiny_dataset(), model_config, config, output_dir, resume=resume, progress=False)
 
 
 def _num_windows() -> int:
@@ -98,14 +105,6 @@ def test_metadata_and_files(tmp_path: Path) -> None:
     assert list((tmp_path / "tensorboard").glob("events*"))
 
 
-@pytest.mark.parametrize("goal_conditioned", [False, True])
-def test_goal_conditioned_models_train(tmp_path: Path, goal_conditioned: bool) -> None:
-    model_config = tiny_model_config(goal_conditioned=goal_conditioned)
-    config = tiny_train_config(max_tokens=500)
-    checkpoint = train(tiny_dataset(), model_config, config, tmp_path, progress=False)
-    assert checkpoint.metadata["tokens"] >= 500
-
-
 def test_a_budget_in_minutes(tmp_path: Path) -> None:
     config = tiny_train_config(max_minutes=0.02)
     arguments = (tiny_dataset(), tiny_model_config(), config, tmp_path)
@@ -148,16 +147,20 @@ def _press_ctrl_c_in_step(number: int, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(torch.nn.utils, "clip_grad_norm_", interrupting_clip)
 
 
-@pytest.mark.parametrize("stop", [2, 5, 17])  # before the first checkpoint, on one, in epoch 2
+# before the first checkpoint, on one, in epoch 2
+@pytest.mark.parametrize(
+    ("stop", "goal_conditioned"), [(2, False), (5, False), (17, False), (5, True)]
+)
 def test_interrupted_and_resumed_equals_uninterrupted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int, goal_conditioned: bool
 ) -> None:
-    whole = _run(tmp_path / "whole", 20)
+    model = tiny_model_config(goal_conditioned=goal_conditioned)
+    whole = _run(tmp_path / "whole", 20, model)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         _press_ctrl_c_in_step(stop, patch)
-        _run(tmp_path / "parts", 20)
+        _run(tmp_path / "parts", 20, model)
     assert Checkpoint.load(tmp_path / "parts").metadata["step"] == stop
-    resumed = _run(tmp_path / "parts", 20, resume=True)
+    resumed = _run(tmp_path / "parts", 20, model, resume=True)
     assert weights_equal(resumed.model, whole.model)
     assert _columns(tmp_path / "parts") == _columns(tmp_path / "whole")
 
@@ -184,49 +187,57 @@ def test_resume_without_a_checkpoint_starts(tmp_path: Path) -> None:
 
 
 _KILLED_RUN = """
-import sys; sys.path.insert(0, {tests!r})
+import os, signal, sys
+from importlib import import_module
 from pathlib import Path
+
+_, tests, folder, steps, module, name, fatal_call = sys.argv
+sys.path.insert(0, tests)
 from test_train import _run
-print("ready", flush=True)
-_run(Path({folder!r}), {steps}, checkpoint_steps=1, resume=True)
+
+function, calls = getattr(import_module(module), name), iter(range(1, 10**9))
+
+def deadly(*args, **kwargs):
+    if next(calls) == int(fatal_call):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return function(*args, **kwargs)
+
+setattr(import_module(module), name, deadly)
+_run(Path(folder), int(steps), checkpoint_steps=1, resume=True)
 """
 
+# a save flushes five files and a folder, and deletes the oldest of three checkpoints
+_KILLS = [
+    ("tt_fast.files", "_flush_to_disk", 5),  # in the first save: nothing is there yet
+    ("tt_fast.files", "_flush_to_disk", 11),  # in the second: the first one stands
+    ("shutil", "rmtree", 2),  # deleting: first what the kill before left, then a checkpoint
+    ("torch.nn.utils", "clip_grad_norm_", 3),  # between saves
+    ("tt_fast.checkpoint", "save_file", 2),  # writing weights
+]
 
-def test_kill_9_at_any_moment_then_resume_equals_uninterrupted(tmp_path: Path) -> None:
-    """Checkpoints every step, so that kills fall into saves too; each time it goes on."""
-    folder = tmp_path / "killed"
-    total = 60
-    script = _KILLED_RUN.format(tests=str(Path(__file__).parent), folder=str(folder), steps=total)
-    rng = np.random.default_rng(0)
+
+def test_kill_9_in_a_save_then_resume_equals_uninterrupted(tmp_path: Path) -> None:
+    folder, total = tmp_path / "killed", 12
     steps = []
-    for _ in range(3):
-        run = subprocess.Popen(
-            [sys.executable, "-c", script],
-            stdout=subprocess.PIPE,
+    for kill in _KILLS:
+        arguments = [str(Path(__file__).parent), str(folder), str(total), *map(str, kill)]
+        done = subprocess.run(
+            [sys.executable, "-c", _KILLED_RUN, *arguments],
+            check=False,
+            capture_output=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
-        assert run.stdout is not None
-        run.stdout.readline()
-        first = steps[-1] if steps else 0
-        while run.poll() is None and _newest_step(folder) <= first + 2:
-            time.sleep(0.005)
-        time.sleep(rng.uniform(0.0, 0.05))
-        run.kill()
-        run.communicate()
-        steps.append(int(Checkpoint.load(folder).metadata["step"]))  # loads: it is whole
-    assert steps == sorted(set(steps)), steps
-    assert 0 < steps[-1] < total
+        assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+        newest = newest_checkpoint(folder)
+        steps.append(0 if newest is None else Checkpoint.load(newest).metadata["step"])
+    assert steps == sorted(steps)
+    assert 0 == steps[0] < steps[1] < steps[-1] < total
     resumed = _run(folder, total, resume=True)
     whole = _run(tmp_path / "whole", total)
     assert weights_equal(resumed.model, whole.model)
     assert _columns(folder) == _columns(tmp_path / "whole")
     leftovers = [p.name for p in (folder / "checkpoints").iterdir() if p.name.startswith(".")]
     assert leftovers == []
-
-
-def _newest_step(folder: Path) -> int:
-    found = sorted((folder / "checkpoints").glob("step_*"))
-    return int(found[-1].name.split("_")[1]) if found else 0
 
 
 # ---- errors ----

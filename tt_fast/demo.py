@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
+from shlex import quote
 
 import torch
 
@@ -276,11 +277,11 @@ def _commands(
     plan = result.plan_config
     settings = f"--horizon {plan.horizon} --beam-width {plan.beam_width} --n-expand {plan.n_expand}"
     context = f"--max-context-transitions {plan.max_context_transitions}"
-    short = " --smoke" if smoke else ""
+    short, output_dir = " --smoke" if smoke else "", quote(str(folder))
     return [
         "# all of it",
-        f"tt-fast demo --output-dir {folder} --minutes {minutes:g} --seed {seed}{short}",
+        f"tt-fast demo --output-dir {output_dir} --minutes {minutes:g} --seed {seed}{short}",
         "# only the episodes, with the checkpoint of this report",
-        f"tt-fast evaluate {folder / 'run'} {settings} {context} "
+        f"tt-fast evaluate {quote(str(folder / 'run'))} {settings} {context} "
         f"--episodes {len(result.returns)} --seeds {seed} --max-steps {result.max_steps}",
     ]

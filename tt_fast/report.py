@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import os
 import platform
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -272,15 +271,11 @@ def _attention_section(figures: Mapping[str, Path]) -> str:
 
 def _settings_section(report: Report) -> str:
     result, checkpoint = report.result, report.checkpoint
-    lines = (
-        re.split(r"  +", line, maxsplit=1) for line in str(report.dataset.summary()).splitlines()
-    )
-    dataset = [(name, value) for name, value in lines]
     acting = {"plan_freq": result.plan_freq, "prefix_context": result.prefix_context}
     plan = {**config_to_dict(result.plan_config), **acting}
     training = checkpoint.metadata.get("train_config") or {}
     tables = [
-        ("Dataset", dataset),
+        ("Dataset", report.dataset.summary().rows()),
         ("Plan", _fields(plan)),
         ("Model", _fields(config_to_dict(checkpoint.model.config))),
         ("Training", _fields(training)),

@@ -56,8 +56,9 @@ class DatasetSummary:
         """The fields, ready for JSON."""
         return dataclasses.asdict(self)
 
-    def __str__(self) -> str:
-        rows = [
+    def rows(self) -> list[tuple[str, str]]:
+        """Labels and values, as people read them."""
+        return [
             ("dataset", self.name),
             ("environment", self.env_id or "unknown"),
             ("observation, action dim", f"{self.observation_dim}, {self.action_dim}"),
@@ -69,6 +70,9 @@ class DatasetSummary:
             ("terminations, truncations", f"{self.num_terminations:,}, {self.num_truncations:,}"),
             ("NaN", f"{self.num_nans:,}"),
         ]
+
+    def __str__(self) -> str:
+        rows = self.rows()
         width = max(len(label) for label, _ in rows)
         return "\n".join(f"{label:<{width}}  {value}" for label, value in rows)
 
