@@ -8,6 +8,7 @@ D transition_dim.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -112,7 +113,16 @@ class TrajectoryTransformer(nn.Module):
         self.apply(_init_weights)
         self.register_buffer("_mask", attention_mask(config), persistent=False)
         self._mask: Tensor
-        self.register_load_state_dict_pre_hook(_drop_stored_masks)  # type: ignore[no-untyped-call]
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load weights by name, the original's too.
+
+        It stores every block's mask (transformers.py:25); ours follow from the config.
+        """
+        weights = {k: v for k, v in state_dict.items() if not k.endswith(".attn.mask")}
+        return super().load_state_dict(weights, strict, assign)
 
     def forward(self, tokens: Tensor, goal: Tensor | None = None) -> Tensor:
         """Logits of the token after each position.
@@ -269,12 +279,6 @@ def attention_mask(config: ModelConfig) -> Tensor:
     shift = config.goal_len if config.goal_value_mask == "correct" else 0
     mask[:, shift + config.transition_dim - 1 :: config.transition_dim] = False
     return mask
-
-
-def _drop_stored_masks(_: nn.Module, state_dict: dict[str, Any], *__: Any) -> None:
-    """The original stores every block's mask (transformers.py:25); ours follows from the config."""
-    for name in [name for name in state_dict if name.endswith("attn.mask")]:
-        del state_dict[name]
 
 
 def _init_weights(module: nn.Module) -> None:
