@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from tt_fast.data.hdf5 import DatasetWriter
 from tt_fast.envs import ControlEnv, make_env

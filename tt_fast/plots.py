@@ -27,13 +27,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from tt_fast.checkpoint import Checkpoint
 from tt_fast.config import TOKEN_KINDS
-from tt_fast.discretizer import Discretizer
+from tt_fast.discretizer import Discretizer, Floats
 from tt_fast.metrics import read_metrics
 from tt_fast.model import TrajectoryTransformer
 from tt_fast.results import EpisodeRecord, standard_error
 from tt_fast.validate import require, require_int
-
-Floats = NDArray[np.float64]
 
 INK, MUTED, RULE, FILL = "#1f2328", "#656d76", "#d8dee4", "#b6bec9"
 POLICY = "#d55e00"

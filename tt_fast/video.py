@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from tt_fast.discretizer import Floats
 from tt_fast.envs import MUJOCO_EXTRA, ControlEnv, make_env
 from tt_fast.files import atomic_write
 from tt_fast.plots import plan_start
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from tt_fast.results import EpisodeRecord
 
 Picture = NDArray[np.uint8]
-Floats = NDArray[np.float64]
 
 #: Environments whose observation is qpos[1:], then qvel, so that a plan can be drawn.
 LOCOMOTION = ("Hopper", "HalfCheetah", "Walker2d")

@@ -9,7 +9,7 @@ import urllib.request
 from pathlib import Path
 from typing import IO
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from tt_fast.data.hdf5 import check_hdf5
 from tt_fast.data.registry import DatasetInfo

@@ -10,11 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tt_fast.config import PlanConfig
-from tt_fast.discretizer import Discretizer
+from tt_fast.discretizer import Discretizer, Floats, Tokens
 from tt_fast.planning.philox import philox_uniforms
-
-Tokens = NDArray[np.int64]
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from tt_fast.checkpoint import Checkpoint
 from tt_fast.config import DEFAULT_DISCOUNT, PlanConfig
-from tt_fast.planning.base import Draws, Floats, ImaginedPlan, Tokens
+from tt_fast.discretizer import Floats, Tokens
+from tt_fast.planning.base import Draws, ImaginedPlan
 from tt_fast.planning.search import check_overflow, check_plan, make_backend
 from tt_fast.validate import refuse, require, require_int, require_number
 

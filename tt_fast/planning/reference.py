@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from tt_fast.config import PlanConfig
-from tt_fast.discretizer import Discretizer
+from tt_fast.discretizer import Discretizer, Floats, Tokens
 from tt_fast.model import TrajectoryTransformer
-from tt_fast.planning.base import BeamPlan, BeamSequence, Draws, Floats, PlanTrace, Tokens
+from tt_fast.planning.base import BeamPlan, BeamSequence, Draws, PlanTrace
 from tt_fast.planning.sampling import draw, truncate
 
 #: (rows, 2, vocab_size + 1) raw probabilities -> estimated rewards and values, (rows,) float32

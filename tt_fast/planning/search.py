@@ -10,9 +10,9 @@ import torch
 from numpy.typing import ArrayLike
 
 from tt_fast.config import DEFAULT_DISCOUNT, ModelConfig, PlanConfig
-from tt_fast.discretizer import Discretizer
+from tt_fast.discretizer import Discretizer, Floats, Tokens
 from tt_fast.model import TrajectoryTransformer
-from tt_fast.planning.base import BeamPlan, BeamSequence, Draws, Floats, PlanBackend, Tokens
+from tt_fast.planning.base import BeamPlan, BeamSequence, Draws, PlanBackend
 from tt_fast.planning.cached import TorchBackend
 from tt_fast.planning.reference import ReferenceBackend
 from tt_fast.validate import require, require_choice, require_int, require_number
