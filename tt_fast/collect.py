@@ -251,6 +251,8 @@ class _StableBaselinesPolicy:
             ) from error
         self.name = path.name
         data, parameters, _ = load_from_zip_file(path, device="cpu")
+        if data is None:
+            raise ValueError(f"policy: expected a saved stable-baselines3 policy, got {path}")
         kwargs = dict(data["policy_kwargs"])
         if data.get("use_sde"):
             kwargs["use_sde"] = True
