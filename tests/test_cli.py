@@ -7,71 +7,37 @@ import shlex
 import subprocess
 import sys
 from importlib import import_module
-from importlib.resources import files
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
-from toy_env import ACTION_DIM, OBSERVATION_DIM, register_toy
+from command_line import (
+    BEAM,
+    DEMO,
+    SMALL,
+    TOY,
+    collect_toy,
+    ctrl_c,
+    help_text,
+    refuse,
+    run,
+    save_model,
+    usage_error,
+)
 
 import tt_fast
 from tt_fast.checkpoint import Checkpoint, newest_checkpoint
 from tt_fast.cli import main, parse
 from tt_fast.commands.plan import read_observation
-from tt_fast.config import ModelConfig, PlanConfig
+from tt_fast.config import PlanConfig
 from tt_fast.data import load_dataset
-from tt_fast.discretizer import Discretizer
-from tt_fast.model import TrajectoryTransformer
 from tt_fast.planning import Planner
-
-TOY = register_toy()
-DEMO = str(files("tt_fast") / "assets" / "hopper-demo.hdf5")
-BEAM = ["--horizon", "2", "--beam-width", "3", "--k-act", "3", "--cdf-act", "None"]
-SMALL = ["--embed-dim", "8", "--num-heads", "2", "--num-layers", "1", "--num-transitions", "2"]
-SMALL += ["--batch-size", "8", "--no-progress"]
-
-
-def save_model(folder, **metadata):
-    """A small model with random weights for the toy environment."""
-    config = ModelConfig(OBSERVATION_DIM, ACTION_DIM, 10, 4, 1, 2, 8)
-    edges = np.linspace(-3.0, 3.0, 11)[:, None] * np.ones(config.transition_dim)
-    metadata = {"discount": 0.9, "env_id": TOY, "dataset": "toy-data", "step": 5} | metadata
-    model = TrajectoryTransformer(config).eval()
-    return Checkpoint(model, Discretizer(edges), metadata).save(folder)
 
 
 @pytest.fixture
 def model(tmp_path):
     return save_model(tmp_path / "model")
-
-
-def run(*argv, status=0):
-    assert main([str(word) for word in argv]) == status
-
-
-def refuse(capsys, *argv):
-    """The one line that a user's error prints."""
-    run(*argv, status=2)
-    shown = capsys.readouterr().err
-    assert shown.count("\n") == 1
-    assert shown.startswith("tt-fast: error: ")
-    return shown.removeprefix("tt-fast: error: ").strip()
-
-
-def usage_error(capsys, *argv):
-    """What the parser prints about a wrong command line, its box removed."""
-    with pytest.raises(SystemExit) as exit_info:
-        main([str(word) for word in argv])
-    assert exit_info.value.code == 2
-    return " ".join(capsys.readouterr().err.replace("│", " ").split())
-
-
-def help_text(capsys, *argv):
-    with pytest.raises(SystemExit) as exit_info:
-        main([*argv, "--help"])
-    assert exit_info.value.code == 0
-    return " ".join(capsys.readouterr().out.replace("│", " ").split())
 
 
 # ---- help, version, usage ----
@@ -168,6 +134,20 @@ def test_error_of_many_lines_becomes_one(monkeypatch, capsys):
     assert refuse(capsys, "data", "info", DEMO) == "one two"
 
 
+def readme_commands():
+    """Every `tt-fast` line of the README, as words."""
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    lines = [line.split("tt-fast ", 1)[1] for line in text.splitlines() if "tt-fast " in line]
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+def test_every_command_of_the_readme_parses():
+    commands = [words for words in readme_commands() if "`" not in "".join(words)]
+    assert len(commands) >= 6
+    for words in commands:
+        assert parse(words).run
+
+
 # ---- data ----
 
 
@@ -219,10 +199,6 @@ def test_data_interrupted(capsys, tmp_path, monkeypatch):
     assert capsys.readouterr().err == "tt-fast: interrupted: nothing was written\n"
 
 
-def ctrl_c(*args, **kwargs):
-    raise KeyboardInterrupt
-
-
 def interrupt(monkeypatch, module, name):
     """Ctrl-C when this function is called."""
     # by import_module, for the package's `collect` and `train` are the functions
@@ -234,10 +210,7 @@ def interrupt(monkeypatch, module, name):
 
 @pytest.fixture(scope="module")
 def toy_data(tmp_path_factory):
-    out = tmp_path_factory.mktemp("data") / "toy.hdf5"
-    argv = ["data", "collect", TOY, "--num-transitions", "200", "--no-progress", "--out", str(out)]
-    assert main(argv) == 0
-    return out
+    return collect_toy(tmp_path_factory.mktemp("data"))
 
 
 def test_train_and_resume(capsys, tmp_path, toy_data):
@@ -355,134 +328,6 @@ def test_plan_is_the_planners(capsys, model):
 def test_plan_without_a_checkpoint(capsys, tmp_path):
     shown = refuse(capsys, "plan", tmp_path / "none", "--observation", "1")
     assert shown.startswith(f"{tmp_path / 'none'}: expected a checkpoint")
-
-
-# ---- evaluate ----
-
-
-def test_evaluate_pools_checkpoints_and_seeds(capsys, tmp_path, model):
-    other = save_model(tmp_path / "other")
-    out = tmp_path / "result.json"
-    argv = ["evaluate", model, other, "--seeds", 0, 10, "--episodes", 2, "--out", out, *BEAM]
-    run(*argv, "--num-envs", 2, "--no-progress")
-    shown = capsys.readouterr().out.splitlines()
-    assert [line.split(": ")[0] for line in shown] == [
-        f"{model}, seed 0",
-        f"{model}, seed 10",
-        f"{other}, seed 0",
-        f"{other}, seed 10",
-        "all",
-    ]
-    assert f"{TOY}, dataset toy-data, 8 episodes: return " in shown[-1]
-    saved = json.loads(out.read_text())
-    assert (saved["num_results"], saved["num_episodes"]) == (4, 8)
-    runs = [(result["checkpoint"], result["seed"]) for result in saved["results"]]
-    assert runs == [(str(folder), seed) for folder in (model, other) for seed in (0, 10)]
-    assert saved["results"][0]["plan_config"]["beam_width"] == 3
-    assert saved["results"][0]["num_envs"] == 2
-
-
-def test_evaluate_in_hopper(capsys, tmp_path):
-    config = ModelConfig(11, 3, 10, 4, 1, 2, 8)
-    edges = np.linspace(-3.0, 3.0, 11)[:, None] * np.ones(config.transition_dim)
-    model = TrajectoryTransformer(config).eval()
-    folder = Checkpoint(model, Discretizer(edges), {"dataset": "d"}).save(tmp_path / "model")
-    argv = ["evaluate", folder, "--env-id", "Hopper-v4", "--max-steps", 4, "--no-progress", *BEAM]
-    run(*argv, "--plan-freq", 2, "--no-prefix-context", "--out", tmp_path / "result.json")
-    assert "Hopper-v4, dataset d, 1 episode: return" in capsys.readouterr().out
-    [result] = json.loads((tmp_path / "result.json").read_text())["results"]
-    assert result["lengths"] == [4]
-    assert result["plan_freq"] == 2
-    assert result["normalized_mean"] == pytest.approx(
-        100.0 * (result["mean_return"] + 20.272305) / (3234.3 + 20.272305)
-    )
-
-
-def test_evaluate_interrupted(capsys, tmp_path, model, monkeypatch):
-    out = tmp_path / "result.json"
-    act, calls = Planner.act, []
-
-    def interrupted_act(self, *args):
-        calls.append(self)
-        if len(calls) == 25:
-            raise KeyboardInterrupt
-        return act(self, *args)
-
-    monkeypatch.setattr(Planner, "act", interrupted_act)
-    argv = ["evaluate", model, "--episodes", 9, "--out", out, "--no-progress", *BEAM]
-    run(*argv, status=130)
-    shown = capsys.readouterr()
-    assert "(interrupted)" in shown.out
-    assert shown.err == f"tt-fast: interrupted: finished episodes are in {out}\n"
-    [result] = json.loads(out.read_text())["results"]
-    assert result["interrupted"] is True
-    assert 1 < len(result["returns"]) < 9
-
-
-def test_evaluate_interrupted_with_nothing_to_keep(capsys, tmp_path, model, monkeypatch):
-    monkeypatch.setattr(Planner, "act", ctrl_c)
-    out = tmp_path / "result.json"
-    out.write_text("of an earlier run")
-    run("evaluate", model, "--out", out, "--no-progress", status=130)
-    assert capsys.readouterr().err == "tt-fast: interrupted: no result was written\n"
-    assert out.read_text() == "of an earlier run"
-
-
-def test_evaluate_writes_a_histogram(capsys, tmp_path, model, toy_data):
-    argv = ["evaluate", model, "--no-progress", *BEAM, "--histogram", tmp_path / "returns.png"]
-    message = "dataset: expected a dataset for the histogram, got None"
-    assert refuse(capsys, *argv) == message
-    run(*argv, "--dataset", toy_data)
-    assert (tmp_path / "returns.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_evaluate_films_the_first_episode_only(tmp_path, model, monkeypatch):
-    filmed = []
-    monkeypatch.setattr(
-        "tt_fast.video.render_episode", lambda record, env_id, path, seed: filmed.append(path)
-    )
-    path = tmp_path / "episode.mp4"
-    run("evaluate", model, "--seeds", 0, 5, "--video", path, "--no-progress", *BEAM)
-    assert filmed.count(path) == 1
-
-
-def test_evaluate_refuses_what_would_count_twice(capsys, model):
-    shown = refuse(capsys, "evaluate", model, "--seeds", 0, 3, "--episodes", 4)
-    expected = "seeds: expected numbers at least episodes=4 apart, as episode j has seed + j, got"
-    assert shown.startswith(expected)
-    shown = refuse(capsys, "evaluate", model, model / ".." / model.name)
-    assert shown.startswith("checkpoints: expected different models, got")
-    assert refuse(capsys, "evaluate").startswith("checkpoints: expected at least one folder")
-
-
-def test_evaluate_refuses_bad_outputs_before_it_plays(capsys, model, tmp_path):
-    for option in ("--out", "--video", "--histogram"):
-        shown = refuse(capsys, "evaluate", model, option, tmp_path)
-        assert shown.startswith(f"{option[2:]}: expected the name of a file, got 'the folder")
-    shown = refuse(capsys, "evaluate", model, "--histogram", tmp_path / "h.foo")
-    assert shown == "histogram: expected .png, .pdf or .svg, got '.foo'"
-
-
-def readme_commands():
-    """Every `tt-fast` line of the README, as words."""
-    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    lines = [line.split("tt-fast ", 1)[1] for line in text.splitlines() if "tt-fast " in line]
-    return [shlex.split(line, comments=True) for line in lines]
-
-
-def test_every_command_of_the_readme_parses():
-    commands = [words for words in readme_commands() if "`" not in "".join(words)]
-    assert len(commands) >= 6
-    for words in commands:
-        assert parse(words).run
-
-
-def test_evaluate_names_a_missing_environment(capsys, tmp_path):
-    folder = save_model(tmp_path / "nowhere", env_id=None)
-    shown = refuse(capsys, "evaluate", folder)
-    assert shown.startswith("env_id: expected a Gymnasium id, as the checkpoint names none")
-    shown = refuse(capsys, "evaluate", folder, "--env-id", "CartPole-v1", "--no-progress")
-    assert shown == "action_space of CartPole-v1: expected a 1-D Box, got Discrete(2)"
 
 
 # ---- demo ----
