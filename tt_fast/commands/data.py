@@ -67,7 +67,8 @@ class DataCollect(Command):
     num_transitions: int
     """Environment steps to collect."""
     policy: str = "random"
-    """random, a stable-baselines3 .zip, or module:callable."""
+    """random, module:callable, or a stable-baselines3 .zip, which can run code: only one that you
+    trust."""
     seed: int = 0
     """Seed of the first episode; episode j has seed + j."""
     no_progress: bool = False
