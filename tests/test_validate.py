@@ -20,7 +20,7 @@ def test_require_names_the_argument_the_expectation_and_what_came() -> None:
 
 @pytest.mark.parametrize("value", [1, 5, np.int64(3), np.uint8(5)])
 def test_integers_inside_pass(value: Any) -> None:
-    require_int("count", value, 1, 5)
+    assert type(require_int("count", value, 1, 5)) is int
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from tt_fast.config import ModelConfig, PlanConfig, TrainConfig
 from tt_fast.data import OfflineDataset, load_dataset
 from tt_fast.envs import make_env
 from tt_fast.evaluate import evaluate
+from tt_fast.files import is_new_or_empty
 from tt_fast.planning import Planner
 from tt_fast.report import Report, write_report
 from tt_fast.results import EvalResult, plan_text
@@ -147,7 +148,7 @@ def load_demo_dataset() -> OfflineDataset:
 
 
 def _new_folder(folder: Path) -> Path:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if not is_new_or_empty(folder):
         raise FileExistsError(f"output_dir: expected a new or empty folder, got {folder}")
     folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -34,6 +34,11 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     _flush_to_disk(path.parent)
 
 
+def is_new_or_empty(path: Path) -> bool:
+    """Nothing is lost if a folder is made at `path`."""
+    return not path.exists() or (path.is_dir() and not any(path.iterdir()))
+
+
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; on success it is renamed to `path`.
@@ -42,7 +47,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         FileExistsError: `path` exists and is not an empty folder.
     """
     path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if not is_new_or_empty(path):
         raise FileExistsError(f"{path}: expected a new or empty folder, got an existing one")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))

@@ -157,6 +157,7 @@ class _Trainer:
         self._order, self._order_epoch = torch.empty(0, dtype=torch.int64), -1
         self.marginal_losses = marginal_losses(windows, model_config)
         self.eval_losses: dict[str, float] = {}
+        self.origin = origin()  # asks git: once a run, not once a checkpoint
 
     # ---- the loop ----
 
@@ -170,20 +171,21 @@ class _Trainer:
         self.model.train()
         try:
             with _deferred_interrupt() as interrupted:
-                self._run_steps(output_dir, log, bar, interrupted)
-                if interrupted.is_set():
-                    raise KeyboardInterrupt
+                saved_step = self._run_steps(output_dir, log, bar, interrupted)
+                if not interrupted.is_set() and not self.eval_losses:
+                    self.eval_losses = evaluate_losses(self.model, self.windows)
+                if self.at.step > saved_step:
+                    self._save(output_dir)
+            if interrupted.is_set():
+                raise KeyboardInterrupt
         finally:
             bar.close()
             log.close()
-        if not self.eval_losses:
-            self.eval_losses = evaluate_losses(self.model, self.windows)
-            self._save(output_dir)
 
     def _run_steps(
         self, output_dir: Path, log: MetricsLog, bar: Any, interrupted: threading.Event
-    ) -> None:
-        """Steps and their checkpoints; the last checkpoint of a run is `run`'s, unless stopped."""
+    ) -> int:
+        """Steps and the checkpoints between them; returns the step of the newest one."""
         saved_step, saved_at = self.at.step, time.monotonic()
         clock, row_seconds, row_tokens = time.monotonic(), self.at.seconds, self.at.tokens
         while self.fraction < 1.0 and not interrupted.is_set():
@@ -197,11 +199,10 @@ class _Trainer:
                 row_seconds, row_tokens = self.at.seconds, self.at.tokens
             minutes = (now - saved_at) / 60.0
             due = self.at.step % self.config.checkpoint_steps == 0
-            if due or minutes >= self.config.checkpoint_minutes:
+            if (due or minutes >= self.config.checkpoint_minutes) and self.fraction < 1.0:
                 self._save(output_dir)
                 saved_step, saved_at = self.at.step, time.monotonic()
-        if self.at.step > saved_step:
-            self._save(output_dir)
+        return saved_step
 
     @property
     def fraction(self) -> float:
@@ -304,7 +305,7 @@ class _Trainer:
             "losses": at.losses,
             "eval_losses": self.eval_losses,
             "marginal_losses": self.marginal_losses,
-            **origin(),
+            **self.origin,
         }
         return Checkpoint(model, self.discretizer, metadata)
 
@@ -318,8 +319,6 @@ class _Trainer:
     def _save(self, output_dir: Path) -> None:
         """Write checkpoints/step_N whole, then drop all but the newest ones."""
         folder = output_dir / "checkpoints" / f"step_{self.at.step:08d}"
-        if folder.exists():  # the same weights: what is new is their evaluation
-            shutil.rmtree(_hide(folder))
         with atomic_folder(folder) as temporary:
             self.checkpoint().write(temporary)
             write_state(temporary, self.identity, self.at, self.model, self.optimizer)

@@ -116,17 +116,18 @@ class CachedDecoder(Decoder):
         first_row, first_position = _first_places(nodes, len(tokens))
         leaves = nodes[:, -1]
         kept = self._visible(windows.shape[1])
+        places = nodes[:, kept]  # (R, C)
         mask = torch.arange(windows.shape[1], device=self.device)[:, None] >= kept
         h = self._embed(tokens, positions)
         self._beam = []
         for layer in self._layers[:-1]:
             q, k, v = layer.qkv(h, self._num_heads)
-            keys, values = self._add_cache(k[nodes[:, kept]], v[nodes[:, kept]])
+            keys, values = self._add_cache(k[places], v[places])
             rows = F.scaled_dot_product_attention(q[nodes].transpose(1, 2), keys, values, mask)
             h = layer.finish(h, rows.transpose(1, 2)[first_row, first_position])
         # of the last layer only the newest tokens go on
         q, k, v = self._layers[-1].qkv(h, self._num_heads)
-        keys, values = self._add_cache(k[nodes[:, kept]], v[nodes[:, kept]])
+        keys, values = self._add_cache(k[places], v[places])
         rows = F.scaled_dot_product_attention(q[leaves][:, :, None], keys, values)[:, :, 0]
         groups, first = _group(leaves)
         h = self._layers[-1].finish(h[leaves[first]], rows[first])

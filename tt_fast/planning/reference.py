@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -19,9 +19,6 @@ from tt_fast.discretizer import Discretizer, Floats, Tokens
 from tt_fast.model import TrajectoryTransformer
 from tt_fast.planning.base import BeamPlan, BeamSequence, Draws, PlanTrace
 from tt_fast.planning.sampling import draw, truncate
-
-#: (rows, 2, vocab_size + 1) raw probabilities -> estimated rewards and values, (rows,) float32
-Estimate = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class ReferenceBackend:
@@ -97,20 +94,17 @@ class ReferenceBackend:
         with _evaluated(self.model, "float32") as model:
             device = model.pos_emb.device
             x = torch.from_numpy(context)[None].to(device)
+            wanted = None if goal is None else torch.from_numpy(goal).to(device)
             total = torch.zeros(1, 1, device=device)
             for _ in range(num_tokens):
-                goals = (
-                    None if goal is None else torch.from_numpy(goal).to(device).expand(len(x), -1)
-                )
+                goals = None if wanted is None else wanted.expand(len(x), -1)
                 logits = last_logits(model, x, model.config.block_size, goals) / temperature
                 log_probs = truncate(logits, top_k, cdf).log_softmax(dim=-1)
                 candidates = total + log_probs  # (beams, vocab_size + 1)
                 kept = min(int((candidates > -math.inf).sum()), beam_width)
                 ordered, order = candidates.flatten().sort(descending=True, stable=True)
-                rows, tokens = (
-                    order[:kept] // candidates.shape[1],
-                    order[:kept] % candidates.shape[1],
-                )
+                num_ids = candidates.shape[1]
+                rows, tokens = order[:kept] // num_ids, order[:kept] % num_ids
                 x = torch.cat([x[rows], tokens[:, None]], dim=1)
                 total = ordered[:kept, None]
         return BeamSequence(x[0].cpu().numpy(), total[:, 0].cpu().numpy())
