@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from tt_fast.config import PlanConfig
 from tt_fast.discretizer import Discretizer, Floats, Tokens
 from tt_fast.planning.philox import philox_uniforms
+
+#: Raw probabilities (rows, 2, vocab_size + 1) float32 of reward and value tokens -> (rows,)
+#: rewards and (rows,) values (the original's value_fn, core.py:64).
+ValueFn = Callable[[NDArray[np.float32]], tuple[ArrayLike, ArrayLike]]
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,12 @@ class BeamPlan:
     """(num_contexts, horizon) estimated value after each step"""
     trace: tuple[PlanTrace, ...] | None = None
     """One a context, if asked for"""
+    num_steps: Tokens | None = None
+    """(num_contexts,) steps planned; None: all. Where a deadline made it fewer than the arrays
+    hold, the rest is stop tokens and NaN"""
+    num_rows: Tokens | None = None
+    """(num_contexts,) beams kept after the first step, fewer than asked under a very short
+    deadline; None: as asked"""
 
 
 @dataclass(frozen=True)
@@ -108,11 +118,24 @@ class PlanBackend(Protocol):
     """Makes whole plans; nothing above it sees a token step. Arguments are already checked."""
 
     name: str
+    has_deadline: bool
+    """Whether `plan` takes `deadline_ms`"""
 
     def plan(
-        self, contexts: Sequence[Tokens], config: PlanConfig, draws: Draws, *, trace: bool = False
+        self,
+        contexts: Sequence[Tokens],
+        config: PlanConfig,
+        draws: Draws,
+        *,
+        trace: bool = False,
+        value_fn: ValueFn | None = None,
+        deadline_ms: float | None = None,
     ) -> BeamPlan:
-        """Plan from each context (1-D: past transitions, then the current observation)."""
+        """Plan from each context (1-D: past transitions, then the current observation).
+
+        `value_fn` replaces the estimate of rewards and values; it is called once a planned step
+        and context. With a deadline (only where `has_deadline`), the best plan found in that time.
+        """
         ...
 
     def search(

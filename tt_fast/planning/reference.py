@@ -9,15 +9,17 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tt_fast.config import PlanConfig
 from tt_fast.discretizer import Discretizer, Floats, Tokens
 from tt_fast.model import TrajectoryTransformer
-from tt_fast.planning.base import BeamPlan, BeamSequence, Draws, PlanTrace
+from tt_fast.planning.base import BeamPlan, BeamSequence, Draws, PlanTrace, ValueFn
 from tt_fast.planning.sampling import draw, truncate
 
 
@@ -30,6 +32,7 @@ class ReferenceBackend:
     """
 
     name = "reference"
+    has_deadline = False
 
     def __init__(self, model: TrajectoryTransformer, discretizer: Discretizer | None) -> None:
         self.model = model
@@ -37,9 +40,17 @@ class ReferenceBackend:
 
     @torch.no_grad()
     def plan(
-        self, contexts: Sequence[Tokens], config: PlanConfig, draws: Draws, *, trace: bool = False
+        self,
+        contexts: Sequence[Tokens],
+        config: PlanConfig,
+        draws: Draws,
+        *,
+        trace: bool = False,
+        value_fn: ValueFn | None = None,
+        deadline_ms: float | None = None,
     ) -> BeamPlan:
         """See `PlanBackend.plan`; contexts are planned one after another."""
+        assert deadline_ms is None  # has_deadline is False
         dims = self.model.config
         num_draws = config.num_draws(dims.observation_dim, dims.action_dim)
         plans = []
@@ -47,7 +58,7 @@ class ReferenceBackend:
             decoder = self.make_decoder(model, window_len(model, config))
             for i, context in enumerate(contexts):
                 uniforms = draws.uniforms(i, num_draws, config.num_rows)
-                plans.append(_BeamPlanner(self, decoder, config, uniforms).run(context))
+                plans.append(_BeamPlanner(self, decoder, config, uniforms, value_fn).run(context))
         tokens, scores, rewards, values, traces = zip(*plans, strict=True)
         return BeamPlan(
             np.stack(tokens), np.array(scores), np.stack(rewards), np.stack(values),
@@ -149,9 +160,15 @@ class _BeamPlanner:
     """One plan of one context (core.py:11-96). R = beam_width * n_expand."""
 
     def __init__(
-        self, backend: ReferenceBackend, decoder: Decoder, config: PlanConfig, uniforms: Floats
+        self,
+        backend: ReferenceBackend,
+        decoder: Decoder,
+        config: PlanConfig,
+        uniforms: Floats,
+        value_fn: ValueFn | None,
     ) -> None:
         self.backend, self.decoder, self.config = backend, decoder, config
+        self.value_fn = value_fn
         self.uniforms = torch.from_numpy(uniforms).to(decoder.device)
         self.drawn: list[Tokens] = []
 
@@ -168,7 +185,7 @@ class _BeamPlanner:
             decoder.expand(config.n_expand)
             self._sample_n(dims.action_dim, config.k_act, config.cdf_act)
             probs = self._sample_n(2, config.k_rew, config.cdf_rew)
-            rewards, values = (e.numpy() for e in self.backend.estimate(probs, config.estimate))
+            rewards, values = self._estimate(probs)
 
             returns = np.tile(returns, config.n_expand) + factor * rewards.astype(np.float64)
             factor *= config.discount
@@ -187,6 +204,15 @@ class _BeamPlanner:
         stacked = (np.stack(column) for column in zip(*steps, strict=True))
         trace = PlanTrace(tuple(self.drawn), *stacked, beams)  # type: ignore[call-arg]
         return plan, float(scores[parents[0]]), path[0, 0], path[0, 1], trace
+
+    def _estimate(self, probs: Tensor) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """(R,) rewards and values from raw probabilities (R, 2, vocab_size + 1)."""
+        if self.value_fn is None:
+            pair: tuple[Any, Any] = self.backend.estimate(probs, self.config.estimate)
+        else:
+            pair = self.value_fn(probs.float().cpu().numpy())
+        rewards, values = (np.asarray(numbers, np.float32) for numbers in pair)
+        return rewards, values
 
     def _sample_n(self, count: int, top_k: int | None, cdf: float | None) -> Tensor:
         """Append `count` sampled tokens; their raw probs (rows, count, vocab_size + 1)."""

@@ -1,0 +1,158 @@
+// Whole plans: beam search for high predicted return, and likelihood search.
+//
+// Source of both: trajectory/search/core.py of the original.
+#ifndef TT_BEAM_SEARCH_H_
+#define TT_BEAM_SEARCH_H_
+
+#include <chrono>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "decoder.h"
+#include "model.h"
+#include "sampler.h"
+#include "thread_pool.h"
+#include "token_tree.h"
+
+namespace tt {
+
+struct PlanSettings {
+  int horizon = 1;
+  int beam_width = 1;
+  int n_expand = 1;
+  double discount = 0.99;
+  int max_len = 1;  // most tokens that a forward pass sees
+  float temperature = 1.0f;
+  Truncation observation, action, reward;  // reward: of value tokens too
+  Estimator reward_estimator, value_estimator;
+
+  int num_rows() const { return beam_width * n_expand; }
+};
+
+// Raw probabilities (num_rows, 2, num_ids) of reward and value -> (num_rows) estimates of each.
+using ValueFunction =
+    std::function<void(const float* probs, int num_rows, float* rewards, float* values)>;
+
+struct PlanRequest {
+  std::vector<std::vector<int32_t>> contexts;
+  std::vector<uint64_t> seeds;         // one a context
+  std::vector<uint32_t> plan_indices;  // one a context
+  const double* uniforms = nullptr;    // (num_contexts, num_draws, num_rows), or generated
+  bool trace = false;
+  ValueFunction value_function;     // or the settings' estimators
+  std::function<void()> interrupt;  // called now and then; may throw
+  std::optional<double> deadline_seconds;
+};
+
+// What happened in one context. B rows are kept, R = B * n_expand drawn.
+struct PlanResult {
+  std::vector<int32_t> tokens;  // (steps, transition_dim)
+  double score = 0.0;
+  std::vector<float> rewards, values;  // (steps)
+  int steps = 0;                       // fewer than the horizon if the deadline passed
+  int num_rows = 0;                    // fewer than asked if the deadline is very short
+  // if traced
+  std::vector<std::vector<int32_t>> drawn;                 // per token: (R) or (B)
+  std::vector<float> candidate_rewards, candidate_values;  // (steps, R)
+  std::vector<double> candidate_scores;                    // (steps, R)
+  std::vector<int32_t> parents;                            // (steps, B)
+  std::vector<int32_t> beams;                              // (B, steps * transition_dim)
+};
+
+struct SearchRequest {
+  std::vector<int32_t> context, goal;
+  int num_tokens = 1;
+  int beam_width = 1;
+  Truncation truncation;
+  float temperature = 1.0f;
+  std::function<void()> interrupt;
+};
+
+struct SearchResult {
+  std::vector<int32_t> tokens;  // (num_tokens) appended ones
+  std::vector<float> log_probs;
+};
+
+// Rows that were asked for and nodes that were computed: their ratio is what sharing saves.
+struct PlanStats {
+  DecoderStats decoder;
+  int64_t rows_asked = 0;  // tokens forwarded with a cache a beam and nothing shared
+  double seconds = 0.0;
+  size_t bytes = 0;  // buffers that were allocated, whether touched or not
+};
+
+// One model's planner; calls must not overlap.
+class BeamSearch {
+ public:
+  BeamSearch(std::shared_ptr<const Model> model, std::vector<uint8_t> hidden, int num_threads);
+
+  std::vector<PlanResult> Plan(const PlanSettings& settings, const PlanRequest& request);
+  SearchResult Search(const SearchRequest& request);
+
+  PlanStats stats() const;
+  void ResetStats();
+  int num_threads() const { return pool_.num_threads(); }
+  const Model& model() const { return *model_; }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  // What the search knows of one context besides its tokens. Rows are candidates, then beams.
+  struct Beam {
+    std::vector<double> returns;                   // (rows) discounted rewards so far
+    std::vector<float> past_rewards, past_values;  // (rows, horizon)
+    std::vector<float> rewards, values;            // (rows) estimates of this step
+    std::vector<double> scores;                    // (rows)
+    std::vector<int32_t> order;                    // scratch of selection
+  };
+  // Contexts that are planned side by side.
+  struct Wave {
+    const PlanSettings& settings;
+    const PlanRequest& request;
+    int first;     // index of the first context
+    int count;     // contexts
+    int token = 0;  // index of the draw within the plan
+    double factor = 1.0;  // discount^step, a running product: the same on every backend
+    std::optional<Clock::time_point> deadline = {};
+    std::vector<Beam> beams = {};
+    std::vector<PlanResult> results = {};
+  };
+  enum class Estimate { kNone, kReward, kValue };
+
+  void RunWave(Wave& wave);
+  bool RunStep(Wave& wave, int step);
+  bool SampleTokens(Wave& wave, int step, int count, const Truncation& truncation, bool estimate);
+  void DrawTokens(Wave& wave, const Truncation& truncation, Estimate estimate);
+  void DrawSlot(Wave& wave, int slot, const Truncation& truncation, Estimate estimate,
+                Sampler& sampler);
+  double Uniform(const Wave& wave, int context, int row) const;
+  void CallValueFunction(Wave& wave);
+  void Select(Wave& wave, int step);
+  void KeepBest(Wave& wave, int context, int step, int kept);
+  void Forward(int rows_asked);
+  void GroupRows();
+  bool FitsDeadline(Wave& wave, int step, int tokens_left);
+  int WaveSize(const PlanSettings& settings) const;
+  TreeLimits LimitsOf(const PlanSettings& settings, int num_contexts) const;
+  void Reserve(const TreeLimits& limits);
+
+  std::shared_ptr<const Model> model_;
+  ThreadPool pool_;
+  TokenTree tree_;
+  Decoder decoder_;
+  std::vector<Sampler> samplers_;    // a thread
+  bool fresh_ = false;               // logits are those of the newest tokens
+  std::vector<int32_t> slot_begin_;  // (num_slots + 1) into slot_rows_
+  std::vector<int32_t> slot_rows_;   // (total_rows) context * num_rows + row, by slot
+  std::vector<int32_t> drawn_;       // (num_contexts, num_rows) newest tokens
+  std::vector<int32_t> parents_;     // (num_contexts, kept)
+  std::vector<float> probs_;         // (num_contexts, num_rows, 2, num_ids) for a value function
+  PlanStats stats_;
+  double seconds_per_node_ = 0.0;  // of recent passes, with what goes with them
+};
+
+}  // namespace tt
+
+#endif  // TT_BEAM_SEARCH_H_

@@ -1,0 +1,609 @@
+// The only file that knows Python. Everything is checked here, once; inside, the core trusts it.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <atomic>
+#include <chrono>
+#include <cmath>
+#include <memory>
+#include <mutex>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "beam_search.h"
+#include "isa.h"
+#include "model.h"
+#include "thread_pool.h"
+
+namespace py = pybind11;
+using namespace py::literals;
+
+namespace tt {
+namespace {
+
+using Floats = py::array_t<float, py::array::c_style>;
+using Doubles = py::array_t<double, py::array::c_style>;
+using Tokens = py::array_t<int64_t, py::array::c_style>;
+
+// ---- checks ----
+
+[[noreturn]] void Refuse(const std::string& name, const std::string& expected,
+                         const std::string& got) {
+  throw py::value_error(name + ": expected " + expected + ", got " + got);
+}
+
+template <typename T>
+std::string Text(const T& value) {
+  std::ostringstream stream;
+  stream << value;
+  return stream.str();
+}
+
+std::string ShapeText(const py::array& array) {
+  return py::str(array.attr("shape")).cast<std::string>();
+}
+
+template <typename T>
+T InRange(const char* name, T value, T low, T high) {
+  if (value >= low && value <= high) return value;
+  Refuse(name, "a number in [" + Text(low) + ", " + Text(high) + "]", Text(value));
+}
+
+// A contiguous array of exactly this type and shape; nothing is converted behind the caller's back.
+template <typename T>
+py::array_t<T, py::array::c_style> Require(const std::string& name, const py::handle& object,
+                                           const std::vector<py::ssize_t>& shape) {
+  const std::string expected =
+      "a contiguous " + py::str(py::dtype::of<T>()).cast<std::string>() + " array of shape " +
+      py::str(py::tuple(py::cast(shape))).cast<std::string>();
+  if (!py::isinstance<py::array>(object)) {
+    Refuse(name, expected, py::str(py::type::of(object)).cast<std::string>());
+  }
+  const auto array = py::reinterpret_borrow<py::array>(object);
+  if (!py::isinstance<py::array_t<T, py::array::c_style>>(array)) {
+    Refuse(name, expected, py::str(array.dtype()).cast<std::string>() + ", strides " +
+                               py::str(array.attr("strides")).cast<std::string>());
+  }
+  if (!std::equal(shape.begin(), shape.end(), array.shape(), array.shape() + array.ndim())) {
+    Refuse(name, expected, "shape " + ShapeText(array));
+  }
+  return py::reinterpret_borrow<py::array_t<T, py::array::c_style>>(array);
+}
+
+template <typename T>
+void RequireFinite(const std::string& name, const T* data, size_t size) {
+  for (size_t i = 0; i < size; ++i) {
+    if (!std::isfinite(data[i])) Refuse(name, "finite numbers", Text(data[i]));
+  }
+}
+
+std::vector<int32_t> RequireTokens(const std::string& name, const py::handle& object, int highest) {
+  if (!py::isinstance<Tokens>(object)) {
+    Refuse(name, "a contiguous int64 array", py::str(py::type::of(object)).cast<std::string>());
+  }
+  const auto array = py::reinterpret_borrow<Tokens>(object);
+  if (array.ndim() != 1) Refuse(name, "1 dimension", "shape " + ShapeText(array));
+  if (array.size() > (1 << 30)) Refuse(name, "at most 2**30 tokens", Text(array.size()));
+  std::vector<int32_t> tokens(array.size());
+  for (py::ssize_t i = 0; i < array.size(); ++i) {
+    const int64_t token = array.data()[i];
+    if (token < 0 || token > highest) Refuse(name, "ids in [0, " + Text(highest) + "]", Text(token));
+    tokens[i] = static_cast<int32_t>(token);
+  }
+  return tokens;
+}
+
+Truncation MakeTruncation(const char* name, std::optional<int> top_k, std::optional<double> cdf,
+                          int num_ids) {
+  Truncation truncation;
+  if (top_k) truncation.top_k = InRange(("k_" + std::string(name)).c_str(), *top_k, 1, num_ids);
+  if (cdf) {
+    truncation.cdf =
+        static_cast<float>(InRange(("cdf_" + std::string(name)).c_str(), *cdf, 0.0, 1.0));
+  }
+  return truncation;
+}
+
+float RequireTemperature(double temperature) {
+  const float value = static_cast<float>(temperature);
+  if (!(value > 0.0f) || !std::isfinite(value)) {
+    Refuse("temperature", "a positive number", Text(temperature));
+  }
+  return value;
+}
+
+// ---- model ----
+
+class DictWeights : public WeightSource {
+ public:
+  explicit DictWeights(const py::dict& weights) : weights_(weights) {}
+
+  const float* Get(const std::string& name, size_t size) const override {
+    if (!weights_.contains(name)) Refuse("weights", "an array named " + name, "none");
+    const py::object object = weights_[py::str(name)];
+    if (!py::isinstance<Floats>(object)) {
+      Refuse("weights[" + name + "]", "a contiguous float32 array",
+             py::str(py::type::of(object)).cast<std::string>());
+    }
+    const auto array = py::reinterpret_borrow<Floats>(object);
+    if (static_cast<size_t>(array.size()) != size) {
+      Refuse("weights[" + name + "]", Text(size) + " numbers", "shape " + ShapeText(array));
+    }
+    RequireFinite("weights[" + name + "]", array.data(), size);
+    return array.data();
+  }
+
+ private:
+  const py::dict& weights_;
+};
+
+bool IsBf16(const std::string& dtype) {
+  if (dtype != "float32" && dtype != "bfloat16") Refuse("dtype", "float32 or bfloat16", dtype);
+  return dtype == "bfloat16";
+}
+
+std::shared_ptr<Model> MakeModel(int observation_dim, int action_dim, int vocab_size,
+                                 int num_transitions, int num_layers, int num_heads, int embed_dim,
+                                 int goal_len, const py::dict& weights, const std::string& dtype,
+                                 const std::string& isa) {
+  const Shape shape{observation_dim, action_dim, vocab_size, num_transitions,
+                    num_layers,      num_heads,  embed_dim,  goal_len};
+  return std::make_shared<Model>(shape, DictWeights(weights), FindOps(isa), IsBf16(dtype));
+}
+
+// ---- plans ----
+
+// A BeamSearch for Python: one call at a time, others wait without the GIL.
+class PyBeamSearch {
+ public:
+  PyBeamSearch(std::shared_ptr<const Model> model, const py::array& hidden, int num_threads)
+      : shape_(model->shape) {
+    const auto array =
+        Require<uint8_t>("hidden", hidden, {shape_.goal_len + shape_.block_size()});
+    if (array.data()[0]) Refuse("hidden", "a first position that can be seen", "1");
+    InRange("num_threads", num_threads, 1, 1024);
+    search_ = std::make_unique<BeamSearch>(
+        std::move(model), std::vector<uint8_t>(array.data(), array.data() + array.size()),
+        num_threads);
+  }
+
+  py::list Plan(const py::sequence& contexts, int horizon, int beam_width, int n_expand,
+                double discount, int max_len, double temperature, std::optional<int> k_obs,
+                std::optional<int> k_act, std::optional<int> k_rew, std::optional<double> cdf_obs,
+                std::optional<double> cdf_act, std::optional<double> cdf_rew,
+                std::optional<double> percentile, const py::array& thresholds,
+                const std::vector<uint64_t>& seeds, const std::vector<uint32_t>& plan_indices,
+                const py::object& uniforms, bool trace, const py::object& value_fn,
+                std::optional<double> deadline_seconds);
+
+  py::tuple Search(const py::array& context, int num_tokens, int beam_width,
+                   const py::object& goal, std::optional<int> top_k, std::optional<double> cdf,
+                   double temperature);
+
+  py::dict Stats() {
+    PlanStats stats;
+    {
+      const Turn turn(*this);
+      stats = search_->stats();
+    }
+    return py::dict("rows_asked"_a = stats.rows_asked,
+                    "decoded_nodes"_a = stats.decoder.decoded_nodes,
+                    "reencoded_nodes"_a = stats.decoder.reencoded_nodes,
+                    "gemm_flops"_a = stats.decoder.gemm_flops,
+                    "attention_flops"_a = stats.decoder.attention_flops,
+                    "gemm_seconds"_a = stats.decoder.gemm_seconds,
+                    "attention_seconds"_a = stats.decoder.attention_seconds,
+                    "seconds"_a = stats.seconds, "bytes"_a = stats.bytes);
+  }
+
+  void ResetStats() {
+    const Turn turn(*this);
+    search_->ResetStats();
+  }
+
+  int num_threads() const { return search_->num_threads(); }
+
+ private:
+  // The right to use search_. The GIL is released while waiting and working: a plan takes long and
+  // touches no Python object.
+  class Turn {
+   public:
+    explicit Turn(PyBeamSearch& owner) : owner_(owner) {
+      if (owner.user_.load() == std::this_thread::get_id()) {
+        throw std::runtime_error("plan: called from its own value_fn");
+      }
+      no_gil_.emplace();
+      owner.mutex_.lock();
+      owner.user_.store(std::this_thread::get_id());
+    }
+    ~Turn() {
+      owner_.user_.store(std::thread::id());
+      owner_.mutex_.unlock();
+    }
+
+   private:
+    PyBeamSearch& owner_;
+    std::optional<py::gil_scoped_release> no_gil_;
+  };
+
+  const Shape shape_;
+  std::unique_ptr<BeamSearch> search_;
+  std::mutex mutex_;
+  std::atomic<std::thread::id> user_{};
+};
+
+// Lets Ctrl-C end a plan.
+void CheckSignals() {
+  const py::gil_scoped_acquire gil;
+  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+}
+
+// Any callable of (num_rows, 2, num_ids) float32 that returns two arrays of (num_rows).
+ValueFunction WrapValueFunction(const py::object& value_fn, int num_ids) {
+  return [value_fn, num_ids](const float* probs, int num_rows, float* rewards, float* values) {
+    const py::gil_scoped_acquire gil;
+    const Floats array({num_rows, 2, num_ids}, probs);
+    const py::object result = value_fn(array);
+    const std::string expected = "a pair of arrays of shape (" + Text(num_rows) + ",)";
+    if (!py::isinstance<py::sequence>(result) || py::len(result) != 2) {
+      Refuse("value_fn", expected, py::str(py::type::of(result)).cast<std::string>());
+    }
+    const py::sequence pair(result);
+    float* const outs[] = {rewards, values};
+    for (int i = 0; i < 2; ++i) {
+      const auto numbers =
+          py::array_t<float, py::array::c_style | py::array::forcecast>::ensure(pair[i]);
+      if (!numbers) throw py::error_already_set();
+      if (numbers.ndim() != 1 || numbers.size() != num_rows) {
+        Refuse("value_fn", expected, "shape " + ShapeText(numbers));
+      }
+      RequireFinite("value_fn", numbers.data(), num_rows);
+      std::copy_n(numbers.data(), num_rows, outs[i]);
+    }
+  };
+}
+
+template <typename T>
+py::array_t<T> ToArray(const std::vector<T>& data, std::vector<py::ssize_t> shape) {
+  return py::array_t<T>(std::move(shape), data.data());
+}
+
+py::array_t<int64_t> ToTokens(const std::vector<int32_t>& data, std::vector<py::ssize_t> shape) {
+  py::array_t<int64_t> array(std::move(shape));
+  std::copy(data.begin(), data.end(), array.mutable_data());
+  return array;
+}
+
+py::dict ToDict(const PlanResult& result, int transition_dim, bool trace) {
+  const py::ssize_t steps = result.steps;
+  py::dict out("tokens"_a = ToTokens(result.tokens, {steps, transition_dim}),
+               "score"_a = result.score, "rewards"_a = ToArray(result.rewards, {steps}),
+               "values"_a = ToArray(result.values, {steps}), "num_rows"_a = result.num_rows);
+  if (!trace) return out;
+  const py::ssize_t rows = static_cast<py::ssize_t>(result.candidate_scores.size()) / steps;
+  const py::ssize_t kept = static_cast<py::ssize_t>(result.parents.size()) / steps;
+  py::list drawn;
+  for (const auto& tokens : result.drawn) {
+    drawn.append(ToTokens(tokens, {static_cast<py::ssize_t>(tokens.size())}));
+  }
+  out["drawn"] = py::tuple(drawn);
+  out["candidate_rewards"] = ToArray(result.candidate_rewards, {steps, rows});
+  out["candidate_values"] = ToArray(result.candidate_values, {steps, rows});
+  out["candidate_scores"] = ToArray(result.candidate_scores, {steps, rows});
+  out["parents"] = ToTokens(result.parents, {steps, kept});
+  out["beams"] = ToTokens(result.beams, {kept, steps * transition_dim});
+  return out;
+}
+
+py::list PyBeamSearch::Plan(const py::sequence& contexts, int horizon, int beam_width,
+                            int n_expand, double discount, int max_len, double temperature,
+                            std::optional<int> k_obs, std::optional<int> k_act,
+                            std::optional<int> k_rew, std::optional<double> cdf_obs,
+                            std::optional<double> cdf_act, std::optional<double> cdf_rew,
+                            std::optional<double> percentile, const py::array& thresholds,
+                            const std::vector<uint64_t>& seeds,
+                            const std::vector<uint32_t>& plan_indices, const py::object& uniforms,
+                            bool trace, const py::object& value_fn,
+                            std::optional<double> deadline_seconds) {
+  constexpr int kLimit = 1 << 20;
+  const int dim = shape_.transition_dim(), ids = shape_.num_ids();
+  if (shape_.goal_len > 0) Refuse("model", "one without a goal", "goal_len " + Text(shape_.goal_len));
+  PlanSettings settings;
+  settings.horizon = InRange("horizon", horizon, 1, kLimit);
+  settings.beam_width = InRange("beam_width", beam_width, 1, kLimit);
+  settings.n_expand = InRange("n_expand", n_expand, 1, kLimit);
+  InRange("beam_width * n_expand", int64_t{beam_width} * n_expand, int64_t{1}, int64_t{kLimit});
+  settings.discount = InRange("discount", discount, 0.0, 1.0);
+  // one token less than whole transitions: what else would be cropped, the original never sees
+  settings.max_len = InRange("max_len", max_len, dim - 1, shape_.block_size());
+  if ((max_len + 1) % dim != 0) Refuse("max_len", "k * " + Text(dim) + " - 1", Text(max_len));
+  if (horizon > 1 && max_len < 2 * dim - 1) {
+    Refuse("max_len", "at least 2 transitions for a horizon > 1", Text(max_len));
+  }
+  settings.temperature = RequireTemperature(temperature);
+  settings.observation = MakeTruncation("obs", k_obs, cdf_obs, ids);
+  settings.action = MakeTruncation("act", k_act, cdf_act, ids);
+  settings.reward = MakeTruncation("rew", k_rew, cdf_rew, ids);
+  const auto edges = Require<double>("thresholds", thresholds, {2, ids});
+  RequireFinite("thresholds", edges.data(), edges.size());
+  settings.reward_estimator.thresholds.assign(edges.data(), edges.data() + ids);
+  settings.value_estimator.thresholds.assign(edges.data() + ids, edges.data() + 2 * ids);
+  if (percentile) {
+    settings.reward_estimator.percentile = settings.value_estimator.percentile =
+        InRange("percentile", *percentile, 0.0, 1.0);
+  }
+
+  PlanRequest request;
+  if (py::len(contexts) == 0) Refuse("contexts", "at least one", "none");
+  for (size_t i = 0; i < py::len(contexts); ++i) {
+    const std::string name = "contexts[" + Text(i) + "]";
+    request.contexts.push_back(RequireTokens(name, contexts[i], shape_.vocab_size));
+    const size_t len = request.contexts.back().size();
+    if (len % dim != static_cast<size_t>(shape_.observation_dim)) {
+      Refuse(name, "k * " + Text(dim) + " + " + Text(shape_.observation_dim) + " tokens", Text(len));
+    }
+  }
+  const size_t count = request.contexts.size();
+  if (seeds.size() != count) Refuse("seeds", Text(count) + " numbers", Text(seeds.size()));
+  if (plan_indices.size() != count) {
+    Refuse("plan_indices", Text(count) + " numbers", Text(plan_indices.size()));
+  }
+  request.seeds = seeds;
+  request.plan_indices = plan_indices;
+  std::optional<Doubles> given;
+  if (!uniforms.is_none()) {
+    const py::ssize_t num_draws = py::ssize_t{horizon} * (shape_.action_dim + 2) +
+                                  py::ssize_t{horizon - 1} * shape_.observation_dim;
+    given = Require<double>("uniforms", uniforms,
+                            {static_cast<py::ssize_t>(count), num_draws,
+                             py::ssize_t{beam_width} * n_expand});
+    for (py::ssize_t i = 0; i < given->size(); ++i) {
+      const double u = given->data()[i];
+      if (!(u >= 0.0 && u < 1.0)) Refuse("uniforms", "numbers in [0, 1)", Text(u));
+    }
+    request.uniforms = given->data();
+  }
+  request.trace = trace;
+  if (!value_fn.is_none()) request.value_function = WrapValueFunction(value_fn, ids);
+  request.interrupt = CheckSignals;
+  if (deadline_seconds) {
+    if (!(*deadline_seconds > 0.0)) Refuse("deadline", "a positive number", Text(*deadline_seconds));
+    if (trace) Refuse("trace", "False with a deadline", "True");
+    request.deadline_seconds = std::min(*deadline_seconds, 1e6);
+  }
+
+  std::vector<PlanResult> results;
+  {
+    const Turn turn(*this);
+    results = search_->Plan(settings, request);
+  }
+  py::list out;
+  for (const PlanResult& result : results) out.append(ToDict(result, dim, trace));
+  return out;
+}
+
+py::tuple PyBeamSearch::Search(const py::array& context, int num_tokens, int beam_width,
+                               const py::object& goal, std::optional<int> top_k,
+                               std::optional<double> cdf, double temperature) {
+  SearchRequest request;
+  request.context = RequireTokens("context", context, shape_.vocab_size);
+  if (request.context.empty()) Refuse("context", "at least 1 token", "none");
+  request.num_tokens = InRange("num_tokens", num_tokens, 1, 1 << 24);
+  request.beam_width = InRange("beam_width", beam_width, 1, 1 << 20);
+  if (goal.is_none() != (shape_.goal_len == 0)) {
+    Refuse("goal", shape_.goal_len > 0 ? "tokens" : "None", py::str(goal).cast<std::string>());
+  }
+  if (!goal.is_none()) {
+    request.goal = RequireTokens("goal", goal, shape_.vocab_size - 1);
+    if (static_cast<int>(request.goal.size()) != shape_.goal_len) {
+      Refuse("goal", Text(shape_.goal_len) + " tokens", Text(request.goal.size()));
+    }
+  }
+  request.truncation = MakeTruncation("top", top_k, cdf, shape_.num_ids());
+  request.temperature = RequireTemperature(temperature);
+  request.interrupt = CheckSignals;
+  SearchResult result;
+  {
+    const Turn turn(*this);
+    result = search_->Search(request);
+  }
+  const auto size = [](const auto& v) { return static_cast<py::ssize_t>(v.size()); };
+  return py::make_tuple(ToTokens(result.tokens, {size(result.tokens)}),
+                        ToArray(result.log_probs, {size(result.log_probs)}));
+}
+
+// ---- kernels, for tests and for measuring ----
+
+std::vector<std::string> IsaNames() {
+  std::vector<std::string> names;
+  for (const Ops* ops : AvailableOps()) names.push_back(ops->name);
+  return names;
+}
+
+int Rows(const Floats& x) {
+  if (x.ndim() != 2 || x.shape(0) < 1 || x.shape(1) < 1 || x.size() > (1 << 28)) {
+    Refuse("x", "a matrix", "shape " + ShapeText(x));
+  }
+  return static_cast<int>(x.shape(0));
+}
+
+int Cols(const Floats& x) { return static_cast<int>(x.shape(1)); }
+
+// (rows, cols) in rows of `padded` numbers, zero behind each.
+AlignedBuffer<float> PadRows(const Floats& x, int padded) {
+  AlignedBuffer<float> out;
+  out.ReserveZeroed(static_cast<size_t>(x.shape(0)) * padded);
+  for (py::ssize_t r = 0; r < x.shape(0); ++r) {
+    std::copy_n(x.data(r, 0), x.shape(1), out.data() + r * padded);
+  }
+  return out;
+}
+
+Floats CutRows(const AlignedBuffer<float>& x, int rows, int cols, int padded) {
+  Floats out({rows, cols});
+  for (int r = 0; r < rows; ++r) {
+    std::copy_n(x.data() + static_cast<size_t>(r) * padded, cols, out.mutable_data(r, 0));
+  }
+  return out;
+}
+
+Floats RunGemm(const Floats& x, const Floats& weight, const Floats& bias, const std::string& dtype,
+               const std::string& isa) {
+  const Ops& ops = FindOps(isa);
+  const int rows = InRange("rows", Rows(x), 1, kMaxRows), k = Cols(x), n = Rows(weight);
+  if (Cols(weight) != k) Refuse("weight", "(n, " + Text(k) + ")", ShapeText(weight));
+  if (bias.ndim() != 1 || bias.shape(0) != n) Refuse("bias", Text(n) + " numbers", ShapeText(bias));
+  const int padded_k = RoundUp(k, kPad), padded_n = RoundUp(n, kPad);
+  PackedMatrix packed(padded_k, padded_n, ops.panel_width, IsBf16(dtype));
+  for (int col = 0; col < n; ++col) {
+    for (int i = 0; i < k; ++i) packed.Set(i, col, weight.at(col, i));
+    packed.SetBias(col, bias.at(col));
+  }
+  const AlignedBuffer<float> a = PadRows(x, padded_k);
+  AlignedBuffer<float> c(static_cast<size_t>(rows) * padded_n);
+  AlignedBuffer<uint16_t> scratch(static_cast<size_t>(rows) * padded_k);
+  ops.gemm(packed.view(), padded_n, a.data(), padded_k, rows, c.data(), padded_n, false,
+           scratch.data());
+  return CutRows(c, rows, n, padded_n);
+}
+
+Floats RunGelu(const Floats& x, const std::string& isa) {
+  const int rows = Rows(x), padded = RoundUp(Cols(x), kPad);
+  AlignedBuffer<float> out = PadRows(x, padded);
+  FindOps(isa).gelu(out.data(), out.size());
+  return CutRows(out, rows, Cols(x), padded);
+}
+
+Floats RunSoftmax(const Floats& x, const std::string& isa) {
+  const Ops& ops = FindOps(isa);
+  const int rows = Rows(x), padded = RoundUp(Cols(x), kPad);
+  const AlignedBuffer<float> in = PadRows(x, padded);
+  AlignedBuffer<float> out(in.size());
+  for (int r = 0; r < rows; ++r) ops.softmax(in.data() + r * padded, Cols(x), out.data() + r * padded);
+  return CutRows(out, rows, Cols(x), padded);
+}
+
+Floats RunLayerNorm(const Floats& x, const Floats& gamma, const Floats& beta,
+                    const std::string& isa) {
+  const Ops& ops = FindOps(isa);
+  const int rows = Rows(x), padded = RoundUp(Cols(x), kPad);
+  if (gamma.size() != Cols(x) || beta.size() != Cols(x)) {
+    Refuse("gamma, beta", Text(Cols(x)) + " numbers", ShapeText(gamma) + ", " + ShapeText(beta));
+  }
+  const AlignedBuffer<float> in = PadRows(x, padded);
+  AlignedBuffer<float> g, b, out(in.size());
+  g.ReserveZeroed(padded);
+  b.ReserveZeroed(padded);
+  std::copy_n(gamma.data(), Cols(x), g.data());
+  std::copy_n(beta.data(), Cols(x), b.data());
+  for (int r = 0; r < rows; ++r) {
+    ops.layer_norm(in.data() + r * padded, g.data(), b.data(), Cols(x), out.data() + r * padded);
+  }
+  return CutRows(out, rows, Cols(x), padded);
+}
+
+// One query (heads, head_dim) over keys and values (len, heads, head_dim).
+Floats RunAttend(const Floats& q, const Floats& k, const Floats& v, const std::string& isa) {
+  const int heads = Rows(q), dim = Cols(q), stride = RoundUp(dim, kHeadPad);
+  if (k.ndim() != 3 || v.ndim() != 3 || k.shape(0) < 1) Refuse("k, v", "3 dimensions", ShapeText(k));
+  const int len = static_cast<int>(InRange<py::ssize_t>("len", k.shape(0), 1, 1 << 20));
+  for (const Floats* x : {&k, &v}) {
+    if (x->shape(0) != len || x->shape(1) != heads || x->shape(2) != dim) {
+      Refuse("k, v", "(len, heads, head_dim) of q", ShapeText(*x));
+    }
+  }
+  // nodes in reverse order, so that a path is more than 0, 1, 2
+  const size_t head_size = static_cast<size_t>(len) * 2 * stride;
+  AlignedBuffer<float> kv, scores;
+  kv.ReserveZeroed(heads * head_size);
+  scores.ReserveZeroed(RoundUp(len, kPad));
+  std::vector<uint32_t> path(len);
+  for (int j = 0; j < len; ++j) {
+    path[j] = static_cast<uint32_t>((len - 1 - j) * 2 * stride);
+    for (int h = 0; h < heads; ++h) {
+      float* out = kv.data() + h * head_size + path[j];
+      std::copy_n(k.data(j, h, 0), dim, out);
+      std::copy_n(v.data(j, h, 0), dim, out + stride);
+    }
+  }
+  const AlignedBuffer<float> query = PadRows(q, stride);
+  AlignedBuffer<float> out(query.size());
+  const uint32_t* paths[] = {path.data()};
+  const size_t width = static_cast<size_t>(heads) * stride;
+  FindOps(isa).attend({.rows = 1,
+                       .q = query.data(),
+                       .q_stride = width,
+                       .kv = kv.data(),
+                       .head_size = head_size,
+                       .paths = paths,
+                       .lens = &len,
+                       .num_heads = heads,
+                       .head_stride = stride,
+                       .scale = 1.0f / std::sqrt(static_cast<float>(dim)),
+                       .scores = scores.data(),
+                       .out = out.data(),
+                       .out_stride = width});
+  return CutRows(out, heads, dim, stride);
+}
+
+// GFLOP/s of all threads together: of multiply-adds in registers, the ceiling of everything else.
+double PeakGflops(const std::string& dtype, int num_threads, double seconds,
+                  const std::string& isa) {
+  const Ops& ops = FindOps(isa);
+  const bool bf16 = IsBf16(dtype);
+  ThreadPool pool(InRange("num_threads", num_threads, 1, 1024));
+  InRange("seconds", seconds, 0.0, 60.0);
+  const py::gil_scoped_release no_gil;  // nothing of Python is touched
+  using Clock = std::chrono::steady_clock;
+  const auto since = [](Clock::time_point begin) {
+    return std::chrono::duration<double>(Clock::now() - begin).count();
+  };
+  std::vector<double> rates(pool.num_threads());
+  pool.Run(pool.num_threads(), [&](int task, int) {
+    const auto begin = Clock::now();
+    double flops = 0.0;
+    do flops += ops.peak_loop(20000, bf16);
+    while (since(begin) < seconds);
+    rates[task] = flops / since(begin) * 1e-9;
+  });
+  double total = 0.0;
+  for (double rate : rates) total += rate;
+  return total;
+}
+
+}  // namespace
+}  // namespace tt
+
+PYBIND11_MODULE(_core, m) {
+  using namespace tt;
+  m.doc() = "The C++ planner. Private: use tt_fast.planning.";
+  py::class_<Model, std::shared_ptr<Model>>(m, "Model")
+      .def(py::init(&MakeModel), py::kw_only(), "observation_dim"_a, "action_dim"_a,
+           "vocab_size"_a, "num_transitions"_a, "num_layers"_a, "num_heads"_a, "embed_dim"_a,
+           "goal_len"_a, "weights"_a, "dtype"_a, "isa"_a)
+      .def_property_readonly("isa", [](const Model& model) { return model.ops.name; });
+  py::class_<PyBeamSearch>(m, "BeamSearch")
+      .def(py::init<std::shared_ptr<const Model>, const py::array&, int>(), "model"_a, "hidden"_a,
+           "num_threads"_a)
+      .def("plan", &PyBeamSearch::Plan, "contexts"_a, py::kw_only(), "horizon"_a, "beam_width"_a,
+           "n_expand"_a, "discount"_a, "max_len"_a, "temperature"_a, "k_obs"_a, "k_act"_a,
+           "k_rew"_a, "cdf_obs"_a, "cdf_act"_a, "cdf_rew"_a, "percentile"_a, "thresholds"_a,
+           "seeds"_a, "plan_indices"_a, "uniforms"_a, "trace"_a, "value_fn"_a,
+           "deadline_seconds"_a)
+      .def("search", &PyBeamSearch::Search, "context"_a, py::kw_only(), "num_tokens"_a,
+           "beam_width"_a, "goal"_a, "top_k"_a, "cdf"_a, "temperature"_a)
+      .def("stats", &PyBeamSearch::Stats)
+      .def("reset_stats", &PyBeamSearch::ResetStats)
+      .def_property_readonly("num_threads", &PyBeamSearch::num_threads);
+  m.def("isas", &IsaNames);
+  m.def("gemm", &RunGemm, "x"_a, "weight"_a, "bias"_a, "dtype"_a, "isa"_a);
+  m.def("gelu", &RunGelu, "x"_a, "isa"_a);
+  m.def("softmax", &RunSoftmax, "x"_a, "isa"_a);
+  m.def("layer_norm", &RunLayerNorm, "x"_a, "gamma"_a, "beta"_a, "isa"_a);
+  m.def("attend", &RunAttend, "q"_a, "k"_a, "v"_a, "isa"_a);
+  m.def("peak_gflops", &PeakGflops, "dtype"_a, "num_threads"_a, "seconds"_a, "isa"_a);
+}

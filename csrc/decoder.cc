@@ -1,0 +1,240 @@
+#include "decoder.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstring>
+
+namespace tt {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+double SecondsSince(Clock::time_point begin) {
+  return std::chrono::duration<double>(Clock::now() - begin).count();
+}
+
+// Fewer rows are not worth a thread of their own.
+constexpr int kMinRows = 6;
+
+}  // namespace
+
+Decoder::Decoder(const Model& model, ThreadPool& pool)
+    : model_(model), pool_(pool), kv_(model.shape.num_layers), scratch_(pool.num_threads()) {
+  const Shape& shape = model.shape;
+  const int widest = std::max({shape.hidden_width(), shape.width(), shape.attn_width()});
+  for (Scratch& scratch : scratch_) {
+    scratch.normed.ReserveZeroed(size_t{kMaxRows} * shape.width());
+    scratch.kvq.ReserveZeroed(size_t{kMaxRows} * 3 * shape.attn_width());
+    scratch.attended.ReserveZeroed(size_t{kMaxRows} * shape.attn_width());
+    scratch.hidden.ReserveZeroed(size_t{kMaxRows} * shape.hidden_width());
+    if (model.bf16) scratch.rounded.ReserveZeroed(size_t{kMaxRows} * widest);
+  }
+}
+
+void Decoder::Reserve(int max_nodes, int max_path) {
+  const Shape& shape = model_.shape;
+  max_nodes_ = std::max(max_nodes_, static_cast<size_t>(max_nodes));
+  for (auto& layer : kv_) {
+    layer.Reserve(max_nodes_ * shape.num_heads * 2 * shape.head_stride());
+  }
+  for (Scratch& scratch : scratch_) scratch.scores.ReserveZeroed(RoundUp(max_path, kPad));
+}
+
+void Decoder::Forward(const Pass& pass) {
+  pass_ = &pass;
+  const Shape& shape = model_.shape;
+  h_.Reserve(static_cast<size_t>(pass.count) * shape.width());
+  q_.Reserve(static_cast<size_t>(pass.count) * shape.attn_width());
+  logits_.Reserve(static_cast<size_t>(pass.num_leaves) * shape.logits_width());
+  pass.chained ? Prefill() : Decode();
+  Count(pass);
+}
+
+// Rows in chunks of equal size, a multiple of the number of threads.
+template <typename F>
+void Decoder::ForRows(int begin, int end, F&& f) {
+  const int rows = end - begin, threads = pool_.num_threads();
+  const int full = threads * ((rows + threads * kMaxRows - 1) / (threads * kMaxRows));
+  const int num_chunks = std::max((rows + kMaxRows - 1) / kMaxRows,
+                                  std::min(full, (rows + kMinRows - 1) / kMinRows));
+  pool_.Run(num_chunks, [&](int chunk, int thread) {
+    const auto split = [&](int i) {
+      return begin + static_cast<int>(static_cast<int64_t>(rows) * i / num_chunks);
+    };
+    f(split(chunk), split(chunk + 1), scratch_[thread]);
+  });
+}
+
+// No node is another's ancestor: a thread takes its rows through all layers.
+void Decoder::Decode() {
+  ForRows(0, pass_->count, [this](int begin, int end, Scratch& scratch) {
+    Embed(begin, end);
+    for (int layer = 0; layer < model_.shape.num_layers; ++layer) {
+      AttentionInput(layer, begin, end, false, scratch);
+      AttentionOutput(layer, begin, end, scratch);
+      Mlp(layer, begin, end, scratch);
+    }
+    Logits(begin, end, scratch);
+  });
+}
+
+// A layer's keys must all be there before anybody attends. Of the last layer only keys and values
+// are wanted, except at the leaves.
+void Decoder::Prefill() {
+  const int last = model_.shape.num_layers - 1, num_internal = pass_->num_internal();
+  const auto input = [&](int layer, int begin, int end, Scratch& scratch) {
+    const int split = layer == last ? std::clamp(num_internal, begin, end) : begin;
+    if (begin < split) AttentionInput(layer, begin, split, true, scratch);
+    if (split < end) AttentionInput(layer, split, end, false, scratch);
+  };
+  ForRows(0, pass_->count, [&](int begin, int end, Scratch& scratch) {
+    Embed(begin, end);
+    input(0, begin, end, scratch);
+  });
+  for (int layer = 0; layer < last; ++layer) {
+    ForRows(0, pass_->count, [&](int begin, int end, Scratch& scratch) {
+      AttentionOutput(layer, begin, end, scratch);
+      Mlp(layer, begin, end, scratch);
+      input(layer + 1, begin, end, scratch);
+    });
+  }
+  ForRows(num_internal, pass_->count, [&](int begin, int end, Scratch& scratch) {
+    AttentionOutput(last, begin, end, scratch);
+    Mlp(last, begin, end, scratch);
+    Logits(begin, end, scratch);
+  });
+}
+
+void Decoder::Embed(int begin, int end) {
+  const int width = model_.shape.width();
+  for (int row = begin; row < end; ++row) {
+    const size_t token = pass_->embedding_row[row];
+    float* h = RowOf(h_, row, width);
+    std::memcpy(h, model_.embedding.data() + token * width, width * sizeof(float));
+    if (pass_->position[row] < 0) continue;
+    const float* position =
+        model_.position.data() + static_cast<size_t>(pass_->position[row]) * width;
+    for (int i = 0; i < width; ++i) h[i] += position[i];
+  }
+}
+
+void Decoder::AttentionInput(int layer, int begin, int end, bool keys_only, Scratch& scratch) {
+  const Layer& weights = model_.layers[layer];
+  const int attn = model_.shape.attn_width();
+  Normalise(weights.ln1_gamma, weights.ln1_beta, begin, end, scratch);
+  Gemm(weights.kvq, keys_only ? 2 * attn : 3 * attn, scratch.normed.data(), model_.shape.width(),
+       end - begin, scratch.kvq.data(), 3 * attn, false, scratch);
+  for (int row = begin; row < end; ++row) {
+    const float* kvq = RowOf(scratch.kvq, row - begin, 3 * attn);
+    StoreKeys(layer, row, kvq);
+    if (!keys_only) std::memcpy(RowOf(q_, row, attn), kvq + 2 * attn, attn * sizeof(float));
+  }
+}
+
+// kv: keys of all heads, then values of all heads.
+void Decoder::StoreKeys(int layer, int row, const float* kv) {
+  const Shape& shape = model_.shape;
+  const size_t stride = shape.head_stride();
+  for (int head = 0; head < shape.num_heads; ++head) {
+    float* out = kv_[layer].data() + (head * max_nodes_ + pass_->node[row]) * 2 * stride;
+    std::memcpy(out, kv + head * stride, stride * sizeof(float));
+    std::memcpy(out + stride, kv + shape.attn_width() + head * stride, stride * sizeof(float));
+  }
+}
+
+// h += proj(attention)
+void Decoder::AttentionOutput(int layer, int begin, int end, Scratch& scratch) {
+  const Shape& shape = model_.shape;
+  const int attn = shape.attn_width(), stride = shape.head_stride();
+  const auto start = Clock::now();
+  model_.ops.attend({.rows = end - begin,
+                     .q = RowOf(q_, begin, attn),
+                     .q_stride = static_cast<size_t>(attn),
+                     .kv = kv_[layer].data(),
+                     .head_size = max_nodes_ * 2 * stride,
+                     .paths = pass_->path.data() + begin,
+                     .lens = pass_->path_len.data() + begin,
+                     .num_heads = shape.num_heads,
+                     .head_stride = stride,
+                     .scale = 1.0f / std::sqrt(static_cast<float>(shape.head_dim())),
+                     .scores = scratch.scores.data(),
+                     .out = scratch.attended.data(),
+                     .out_stride = static_cast<size_t>(attn)});
+  scratch.attention_seconds += SecondsSince(start);
+  Gemm(model_.layers[layer].proj, shape.width(), scratch.attended.data(), attn, end - begin,
+       RowOf(h_, begin, shape.width()), shape.width(), true, scratch);
+}
+
+// h += down(gelu(up(ln2(h))))
+void Decoder::Mlp(int layer, int begin, int end, Scratch& scratch) {
+  const Layer& weights = model_.layers[layer];
+  const int width = model_.shape.width(), hidden = model_.shape.hidden_width();
+  const int rows = end - begin;
+  Normalise(weights.ln2_gamma, weights.ln2_beta, begin, end, scratch);
+  Gemm(weights.up, hidden, scratch.normed.data(), width, rows, scratch.hidden.data(), hidden,
+       false, scratch);
+  model_.ops.gelu(scratch.hidden.data(), static_cast<size_t>(rows) * hidden);
+  Gemm(weights.down, width, scratch.hidden.data(), hidden, rows, RowOf(h_, begin, width), width,
+       true, scratch);
+}
+
+// Of leaves, which are the last rows of the pass.
+void Decoder::Logits(int begin, int end, Scratch& scratch) {
+  const int width = model_.shape.logits_width(), first = begin - pass_->num_internal();
+  Normalise(model_.lnf_gamma, model_.lnf_beta, begin, end, scratch);
+  Gemm(model_.heads[pass_->head], width, scratch.normed.data(), model_.shape.width(), end - begin,
+       RowOf(logits_, first, width), width, false, scratch);
+}
+
+void Decoder::Gemm(const PackedMatrix& weights, int num_cols, const float* a, size_t lda, int rows,
+                   float* c, size_t ldc, bool add, Scratch& scratch) {
+  const auto start = Clock::now();
+  model_.ops.gemm(weights.view(), num_cols, a, lda, rows, c, ldc, add, scratch.rounded.data());
+  scratch.gemm_seconds += SecondsSince(start);
+}
+
+void Decoder::Normalise(const AlignedBuffer<float>& gamma, const AlignedBuffer<float>& beta,
+                        int begin, int end, Scratch& scratch) {
+  const int width = model_.shape.width();
+  for (int row = begin; row < end; ++row) {
+    model_.ops.layer_norm(RowOf(h_, row, width), gamma.data(), beta.data(), model_.shape.embed_dim,
+                          RowOf(scratch.normed, row - begin, width));
+  }
+}
+
+void Decoder::Count(const Pass& pass) {
+  const Shape& shape = model_.shape;
+  const double embed = shape.embed_dim, leaves = pass.num_leaves, internal = pass.num_internal();
+  (pass.chained ? stats_.reencoded_nodes : stats_.decoded_nodes) += pass.count;
+  // a block: 3 projections, 1 back, 2 x 4 in the MLP; of the last one an inner node has 2
+  const double block = 2.0 * embed * embed * 12.0;
+  stats_.gemm_flops += pass.count * block * (shape.num_layers - 1) + leaves * block +
+                       internal * 4.0 * embed * embed + leaves * 2.0 * embed * shape.num_ids();
+  for (int i = 0; i < pass.count; ++i) {
+    const int layers = i < pass.num_internal() ? shape.num_layers - 1 : shape.num_layers;
+    stats_.attention_flops += 4.0 * embed * pass.path_len[i] * layers;
+  }
+}
+
+DecoderStats Decoder::stats() const {
+  DecoderStats stats = stats_;
+  for (const Scratch& scratch : scratch_) {
+    stats.gemm_seconds += scratch.gemm_seconds;
+    stats.attention_seconds += scratch.attention_seconds;
+  }
+  return stats;
+}
+
+void Decoder::ResetStats() {
+  stats_ = {};
+  for (Scratch& scratch : scratch_) scratch.gemm_seconds = scratch.attention_seconds = 0.0;
+}
+
+size_t Decoder::allocated_bytes() const {
+  size_t floats = h_.size() + q_.size() + logits_.size();
+  for (const auto& layer : kv_) floats += layer.size();
+  return floats * sizeof(float);
+}
+
+}  // namespace tt

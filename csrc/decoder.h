@@ -1,0 +1,91 @@
+// The transformer over the nodes of a pass.
+#ifndef TT_DECODER_H_
+#define TT_DECODER_H_
+
+#include <cstdint>
+#include <vector>
+
+#include "aligned_buffer.h"
+#include "model.h"
+#include "thread_pool.h"
+#include "token_tree.h"
+
+namespace tt {
+
+// What passes have cost so far. Seconds are summed over threads.
+struct DecoderStats {
+  int64_t decoded_nodes = 0;    // newest tokens
+  int64_t reencoded_nodes = 0;  // nodes of cropped windows, their leaves included
+  double gemm_flops = 0.0;      // of the model's own sizes, padding not counted
+  double attention_flops = 0.0;
+  double gemm_seconds = 0.0;
+  double attention_seconds = 0.0;
+};
+
+// Keys and values of all nodes, and one forward pass at a time.
+class Decoder {
+ public:
+  Decoder(const Model& model, ThreadPool& pool);
+
+  // Room for so many nodes and logits.
+  void Reserve(int max_nodes, int max_path);
+  // Keys and values of the new nodes are kept; logits of the leaves are (num_leaves, logits_width).
+  void Forward(const Pass& pass);
+  const float* logits(int slot) const {
+    return logits_.data() + static_cast<size_t>(slot) * model_.shape.logits_width();
+  }
+
+  DecoderStats stats() const;
+  void ResetStats();
+  size_t allocated_bytes() const;
+
+ private:
+  // Activations of one thread's rows, (kMaxRows, ...).
+  struct Scratch {
+    AlignedBuffer<float> normed;    // (width)
+    AlignedBuffer<float> kvq;       // (3 attn_width)
+    AlignedBuffer<float> attended;  // (attn_width)
+    AlignedBuffer<float> hidden;    // (hidden_width)
+    AlignedBuffer<float> scores;    // one row's
+    AlignedBuffer<uint16_t> rounded;
+    double gemm_seconds = 0.0;
+    double attention_seconds = 0.0;
+  };
+
+  template <typename F>
+  void ForRows(int begin, int end, F&& f);
+  void Decode();
+  void Prefill();
+
+  // Steps over rows [begin, end) of the pass.
+  void Embed(int begin, int end);
+  void AttentionInput(int layer, int begin, int end, bool keys_only, Scratch& scratch);
+  void StoreKeys(int layer, int row, const float* kv);
+  void AttentionOutput(int layer, int begin, int end, Scratch& scratch);
+  void Mlp(int layer, int begin, int end, Scratch& scratch);
+  void Logits(int begin, int end, Scratch& scratch);
+
+  void Gemm(const PackedMatrix& weights, int num_cols, const float* a, size_t lda, int rows,
+            float* c, size_t ldc, bool add, Scratch& scratch);
+  void Normalise(const AlignedBuffer<float>& gamma, const AlignedBuffer<float>& beta, int begin,
+                 int end, Scratch& scratch);
+  float* RowOf(AlignedBuffer<float>& buffer, int row, int width) {
+    return buffer.data() + static_cast<size_t>(row) * width;
+  }
+  void Count(const Pass& pass);
+
+  const Model& model_;
+  ThreadPool& pool_;
+  const Pass* pass_ = nullptr;
+  size_t max_nodes_ = 0;
+  std::vector<AlignedBuffer<float>> kv_;  // a layer: (num_heads, max_nodes, 2, head_stride)
+  AlignedBuffer<float> h_;                // (rows, width) residual stream
+  AlignedBuffer<float> q_;                // (rows, attn_width)
+  AlignedBuffer<float> logits_;           // (leaves, logits_width)
+  std::vector<Scratch> scratch_;          // a thread
+  DecoderStats stats_;
+};
+
+}  // namespace tt
+
+#endif  // TT_DECODER_H_

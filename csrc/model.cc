@@ -1,0 +1,198 @@
+#include "model.h"
+
+#include <bit>
+#include <stdexcept>
+
+namespace tt {
+namespace {
+
+// Round to nearest, ties to even.
+uint16_t ToBf16(float x) {
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+AlignedBuffer<float> Padded(const float* source, int rows, int cols, int padded) {
+  AlignedBuffer<float> out;
+  out.ReserveZeroed(static_cast<size_t>(rows) * padded);
+  for (int r = 0; r < rows; ++r) {
+    for (int i = 0; i < cols; ++i) {
+      out[static_cast<size_t>(r) * padded + i] = source[static_cast<size_t>(r) * cols + i];
+    }
+  }
+  return out;
+}
+
+// Where index i of concatenated heads lies among padded ones.
+int HeadColumn(const Shape& shape, int i) {
+  return i / shape.head_dim() * shape.head_stride() + i % shape.head_dim();
+}
+
+class Packer {
+ public:
+  Packer(const Shape& shape, const WeightSource& weights, const Ops& ops, bool bf16)
+      : shape_(shape), weights_(weights), panel_width_(ops.panel_width), bf16_(bf16) {}
+
+  AlignedBuffer<float> Vector(const std::string& name) const {
+    return Padded(weights_.Get(name, shape_.embed_dim), 1, shape_.embed_dim, shape_.width());
+  }
+
+  AlignedBuffer<float> Table(const std::string& name, int rows) const {
+    const float* source = weights_.Get(name, static_cast<size_t>(rows) * shape_.embed_dim);
+    return Padded(source, rows, shape_.embed_dim, shape_.width());
+  }
+
+  // Keys, values and queries of all heads as one matrix, in this order: what is cached comes first.
+  PackedMatrix Kvq(const std::string& prefix) const {
+    PackedMatrix packed(shape_.width(), 3 * shape_.attn_width(), panel_width_, bf16_);
+    const char* parts[] = {"key", "value", "query"};
+    for (int part = 0; part < 3; ++part) {
+      const auto column = [&](int col) {
+        return part * shape_.attn_width() + HeadColumn(shape_, col);
+      };
+      Fill(packed, prefix + parts[part], shape_.embed_dim, shape_.embed_dim, column, Same);
+    }
+    return packed;
+  }
+
+  PackedMatrix Proj(const std::string& name) const {
+    PackedMatrix packed(shape_.attn_width(), shape_.width(), panel_width_, bf16_);
+    const auto row = [&](int i) { return HeadColumn(shape_, i); };
+    Fill(packed, name, shape_.embed_dim, shape_.embed_dim, Same, row);
+    return packed;
+  }
+
+  PackedMatrix Linear(const std::string& name, int k, int n) const {
+    PackedMatrix packed(RoundUp(k, kPad), RoundUp(n, kPad), panel_width_, bf16_);
+    Fill(packed, name, k, n, Same, Same);
+    return packed;
+  }
+
+  // (transition_dim, num_ids, embed_dim), no bias.
+  std::vector<PackedMatrix> Heads(const std::string& name) const {
+    const int ids = shape_.num_ids(), embed = shape_.embed_dim;
+    const size_t size = static_cast<size_t>(ids) * embed;
+    const float* source = weights_.Get(name, size * shape_.transition_dim());
+    std::vector<PackedMatrix> heads;
+    for (int dim = 0; dim < shape_.transition_dim(); ++dim) {
+      heads.emplace_back(shape_.width(), shape_.logits_width(), panel_width_, bf16_);
+      FillWeights(heads.back(), source + dim * size, embed, ids, Same, Same);
+    }
+    return heads;
+  }
+
+ private:
+  static int Same(int i) { return i; }
+
+  // weight (n, k) and bias (n) of a PyTorch linear layer.
+  template <typename Column, typename Row>
+  void Fill(PackedMatrix& packed, const std::string& name, int k, int n, Column column,
+            Row row) const {
+    FillWeights(packed, weights_.Get(name + ".weight", static_cast<size_t>(n) * k), k, n, column,
+                row);
+    const float* bias = weights_.Get(name + ".bias", n);
+    for (int col = 0; col < n; ++col) packed.SetBias(column(col), bias[col]);
+  }
+
+  template <typename Column, typename Row>
+  static void FillWeights(PackedMatrix& packed, const float* weight, int k, int n, Column column,
+                          Row row) {
+    for (int col = 0; col < n; ++col) {
+      for (int i = 0; i < k; ++i) {
+        packed.Set(row(i), column(col), weight[static_cast<size_t>(col) * k + i]);
+      }
+    }
+  }
+
+  const Shape& shape_;
+  const WeightSource& weights_;
+  int panel_width_;
+  bool bf16_;
+};
+
+void CheckSize(const char* name, int64_t value, int64_t low, int64_t high) {
+  if (value >= low && value <= high) return;
+  throw std::invalid_argument(std::string(name) + ": expected a number in [" +
+                              std::to_string(low) + ", " + std::to_string(high) + "], got " +
+                              std::to_string(value));
+}
+
+}  // namespace
+
+void Shape::Check() const {
+  constexpr int kLimit = 1 << 20;  // products of two of them stay far inside 64 bits
+  CheckSize("observation_dim", observation_dim, 1, kLimit);
+  CheckSize("action_dim", action_dim, 1, kLimit);
+  CheckSize("vocab_size", vocab_size, 2, kLimit);
+  CheckSize("num_transitions", num_transitions, 1, kLimit);
+  CheckSize("num_layers", num_layers, 1, kLimit);
+  CheckSize("embed_dim", embed_dim, 1, kLimit);
+  CheckSize("num_heads", num_heads, 1, embed_dim);
+  CheckSize("goal_len", goal_len, 0, kLimit);
+  if (embed_dim % num_heads != 0) {
+    throw std::invalid_argument("embed_dim: expected a multiple of num_heads=" +
+                                std::to_string(num_heads) + ", got " + std::to_string(embed_dim));
+  }
+  constexpr int64_t kRows = int64_t{1} << 30;  // indices of embeddings are int
+  CheckSize("vocab_size * transition_dim", int64_t{vocab_size} * (transition_dim() + goal_len), 1,
+            kRows);
+  CheckSize("num_transitions * transition_dim", int64_t{num_transitions} * transition_dim(), 1,
+            kRows);
+}
+
+PackedMatrix::PackedMatrix(int k, int n, int panel_width, bool bf16)
+    : k_(k), n_(n), panel_width_(panel_width), bf16_(bf16) {
+  const size_t size = static_cast<size_t>(k) * n;
+  bf16 ? bf16_data_.ReserveZeroed(size) : float_data_.ReserveZeroed(size);
+  bias_.ReserveZeroed(n);
+}
+
+void PackedMatrix::Set(int i, int col, float value) {
+  const size_t panel = col / panel_width_, column = col % panel_width_;
+  if (bf16_) {
+    bf16_data_[((panel * (k_ / 2) + i / 2) * panel_width_ + column) * 2 + i % 2] = ToBf16(value);
+  } else {
+    float_data_[(panel * k_ + i) * panel_width_ + column] = value;
+  }
+}
+
+Model::Model(const Shape& s, const WeightSource& weights, const Ops& o, bool b)
+    : shape(s), ops(o), bf16(b) {
+  shape.Check();
+  const Packer pack(shape, weights, ops, bf16);
+  embedding = pack.Table("tok_emb.weight", shape.vocab_size * shape.transition_dim() + 1);
+  if (shape.goal_len > 0) {
+    // appended to the same table
+    const AlignedBuffer<float> tokens = std::move(embedding);
+    const AlignedBuffer<float> goals =
+        pack.Table("goal_emb.weight", shape.vocab_size * shape.goal_len);
+    embedding = AlignedBuffer<float>(tokens.size() + goals.size());
+    for (size_t i = 0; i < tokens.size(); ++i) embedding[i] = tokens[i];
+    for (size_t i = 0; i < goals.size(); ++i) embedding[tokens.size() + i] = goals[i];
+  }
+  // with a goal the original allots more rows than it uses
+  position = pack.Table("pos_emb", shape.block_size() + shape.goal_len);
+  lnf_gamma = pack.Vector("ln_f.weight");
+  lnf_beta = pack.Vector("ln_f.bias");
+  heads = pack.Heads("head.weight");
+  const int embed = shape.embed_dim;
+  for (int i = 0; i < shape.num_layers; ++i) {
+    const std::string block = "blocks." + std::to_string(i) + ".";
+    layers.push_back({pack.Vector(block + "ln1.weight"), pack.Vector(block + "ln1.bias"),
+                      pack.Vector(block + "ln2.weight"), pack.Vector(block + "ln2.bias"),
+                      pack.Kvq(block + "attn."), pack.Proj(block + "attn.proj"),
+                      pack.Linear(block + "mlp.0", embed, 4 * embed),
+                      pack.Linear(block + "mlp.2", 4 * embed, embed)});
+  }
+}
+
+int Model::EmbeddingRow(int token, int dim) const {
+  if (token == shape.vocab_size) return shape.vocab_size * shape.transition_dim();
+  return token + dim * shape.vocab_size;
+}
+
+int Model::GoalRow(int token, int goal_idx) const {
+  return shape.vocab_size * shape.transition_dim() + 1 + token + goal_idx * shape.vocab_size;
+}
+
+}  // namespace tt

@@ -1,0 +1,98 @@
+// Shape and packed weights of a Trajectory Transformer.
+#ifndef TT_MODEL_H_
+#define TT_MODEL_H_
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "aligned_buffer.h"
+#include "ops.h"
+
+namespace tt {
+
+// Sizes as in the Python ModelConfig, and what follows from them.
+struct Shape {
+  int observation_dim = 0;
+  int action_dim = 0;
+  int vocab_size = 0;
+  int num_transitions = 0;
+  int num_layers = 0;
+  int num_heads = 0;
+  int embed_dim = 0;
+  int goal_len = 0;  // tokens that a goal prepends
+
+  // Throws std::invalid_argument naming the first size that is out of range.
+  void Check() const;
+
+  int transition_dim() const { return observation_dim + action_dim + 2; }
+  int block_size() const { return num_transitions * transition_dim() - 1; }
+  int num_ids() const { return vocab_size + 1; }  // with the stop token
+  int head_dim() const { return embed_dim / num_heads; }
+  // padded widths
+  int width() const { return RoundUp(embed_dim, kPad); }
+  int hidden_width() const { return RoundUp(4 * embed_dim, kPad); }
+  int head_stride() const { return RoundUp(head_dim(), kHeadPad); }
+  int attn_width() const { return RoundUp(num_heads * head_stride(), kPad); }
+  int logits_width() const { return RoundUp(num_ids(), kPad); }
+};
+
+// A weight matrix in the layout of MatrixView.
+class PackedMatrix {
+ public:
+  PackedMatrix() = default;
+  PackedMatrix(int k, int n, int panel_width, bool bf16);
+
+  // Element (i, col) of the padded matrix, and of the bias; zero until set.
+  void Set(int i, int col, float value);
+  void SetBias(int col, float value) { bias_[col] = value; }
+  MatrixView view() const { return {Data(), bias_.data(), k_, n_, bf16_}; }
+
+ private:
+  const void* Data() const {
+    return bf16_ ? static_cast<const void*>(bf16_data_.data()) : float_data_.data();
+  }
+
+  int k_ = 0, n_ = 0, panel_width_ = 1;
+  bool bf16_ = false;
+  AlignedBuffer<float> float_data_;
+  AlignedBuffer<uint16_t> bf16_data_;
+  AlignedBuffer<float> bias_;
+};
+
+struct Layer {
+  AlignedBuffer<float> ln1_gamma, ln1_beta, ln2_gamma, ln2_beta;  // (width)
+  PackedMatrix kvq;                                               // (width, 3 attn_width)
+  PackedMatrix proj;                                              // (attn_width, width)
+  PackedMatrix up, down;                                          // the MLP
+};
+
+// Weights by their PyTorch names, contiguous float32 in PyTorch's layout.
+class WeightSource {
+ public:
+  virtual ~WeightSource() = default;
+  // (size) elements; throws std::invalid_argument if the name is missing or its size another.
+  virtual const float* Get(const std::string& name, size_t size) const = 0;
+};
+
+// Packed once for one table of kernels and one data type.
+struct Model {
+  Model(const Shape& shape, const WeightSource& weights, const Ops& ops, bool bf16);
+
+  Shape shape;
+  const Ops& ops;
+  bool bf16;
+  AlignedBuffer<float> embedding;     // (vocab_size * transition_dim + 1 [+ goal rows], width)
+  AlignedBuffer<float> position;      // (block_size, width)
+  AlignedBuffer<float> lnf_gamma, lnf_beta;
+  std::vector<Layer> layers;
+  std::vector<PackedMatrix> heads;  // one a dimension, (width, logits_width)
+
+  // Row of `embedding` of a token, or of a goal's token.
+  int EmbeddingRow(int token, int dim) const;
+  int GoalRow(int token, int goal_idx) const;
+};
+
+}  // namespace tt
+
+#endif  // TT_MODEL_H_

@@ -1,0 +1,81 @@
+// The arithmetic that depends on the instruction set: one table of functions per ISA.
+//
+// Everything here is plain data, as it is seen by sources that are compiled for an instruction set
+// this machine may lack: an inline function of the standard library compiled there could be the one
+// that the linker keeps for all.
+#ifndef TT_OPS_H_
+#define TT_OPS_H_
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace tt {
+
+// Rows of activations and columns of weights are padded with zeros to a multiple of this, so that
+// no kernel has a tail: twice the widest vector, and a multiple of every panel width.
+inline constexpr int kPad = 32;
+// Each attention head is padded to a multiple of this.
+inline constexpr int kHeadPad = 16;
+// Most rows that one call of `gemm` takes.
+inline constexpr int kMaxRows = 96;
+
+constexpr int RoundUp(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// A weight matrix (k, n), n and k padded, in panels of Ops::panel_width columns.
+// float32: data[(panel * k + i) * panel_width + column]
+// bfloat16: data[((panel * k / 2 + i / 2) * panel_width + column) * 2 + i % 2]
+struct MatrixView {
+  const void* data;
+  const float* bias;  // (n)
+  int k;
+  int n;
+  bool bf16;  // inputs are rounded to bfloat16 too; sums are float32
+};
+
+// Queries of some rows over the keys of their ancestors.
+struct AttendArgs {
+  int rows;
+  const float* q;  // (rows, q_stride), of which (num_heads, head_stride) are used
+  size_t q_stride;
+  // (num_heads, head_size): of each head, one node's key and value beside each other, so that the
+  // ancestors of a row are spread over all sets of the first cache
+  const float* kv;
+  size_t head_size;
+  const uint32_t* const* paths;  // (rows) of (len) offsets of nodes in kv
+  const int32_t* lens;           // (rows), at least 1
+  int num_heads;
+  int head_stride;  // multiple of kHeadPad
+  float scale;    // 1 / sqrt(head_dim)
+  float* scores;  // scratch (RoundUp(longest len, kPad))
+  float* out;     // (rows, out_stride)
+  size_t out_stride;
+};
+
+struct Ops {
+  const char* name;
+  int panel_width;
+  // c (rows, num_cols) = a (rows, k) w + bias, or += with `add`; num_cols counts whole panels.
+  // scratch: (rows, k) bfloat16, used if w.bf16.
+  void (*gemm)(const MatrixView& w, int num_cols, const float* a, size_t lda, int rows, float* c,
+               size_t ldc, bool add, uint16_t* scratch);
+  // out (padded) = normalised x (width) * gamma + beta, zero in the padding.
+  void (*layer_norm)(const float* x, const float* gamma, const float* beta, int width, float* out);
+  // x (n) in place, n a multiple of kPad: exact GELU, x Phi(x).
+  void (*gelu)(float* x, size_t n);
+  void (*attend)(const AttendArgs& args);
+  // probs (padded) of logits (n); x may be probs. Room for RoundUp(n, kPad) in both.
+  void (*softmax)(const float* x, int n, float* probs);
+  // Rate of a loop of multiply-adds in registers: floating point operations it did.
+  double (*peak_loop)(int64_t iterations, bool bf16);
+};
+
+// Built for this architecture; `nullptr` where the compiler has no such target.
+const Ops* ScalarOps();
+const Ops* Avx2Ops();
+const Ops* Avx512Ops();
+const Ops* Avx512Bf16Ops();
+const Ops* NeonOps();
+
+}  // namespace tt
+
+#endif  // TT_OPS_H_

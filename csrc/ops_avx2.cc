@@ -1,0 +1,108 @@
+// Compiled for AVX2 and FMA.
+#ifdef __AVX2__
+#include <immintrin.h>
+#include <stdint.h>
+
+namespace {
+
+constexpr char kName[] = "avx2";
+
+struct Vec {
+  static constexpr int kWidth = 8;
+  using Pairs = __m256i;  // (8, 2) bfloat16
+  __m256 v;
+
+  Vec() = default;
+  explicit Vec(float x) : v(_mm256_set1_ps(x)) {}
+  explicit Vec(__m256 x) : v(x) {}
+  static Vec Load(const float* p) { return Vec(_mm256_loadu_ps(p)); }
+  static Vec Broadcast(const float* p) { return Vec(_mm256_broadcast_ss(p)); }
+  static Pairs LoadPairs(const uint16_t* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  }
+  static Pairs BroadcastPair(const uint16_t* p) {
+    int32_t pair;
+    __builtin_memcpy(&pair, p, sizeof(pair));
+    return _mm256_set1_epi32(pair);
+  }
+  void Store(float* p) const { _mm256_storeu_ps(p, v); }
+};
+
+inline Vec operator+(Vec a, Vec b) { return Vec(_mm256_add_ps(a.v, b.v)); }
+inline Vec operator-(Vec a, Vec b) { return Vec(_mm256_sub_ps(a.v, b.v)); }
+inline Vec operator*(Vec a, Vec b) { return Vec(_mm256_mul_ps(a.v, b.v)); }
+inline Vec operator/(Vec a, Vec b) { return Vec(_mm256_div_ps(a.v, b.v)); }
+inline Vec Fma(Vec a, Vec b, Vec c) { return Vec(_mm256_fmadd_ps(a.v, b.v, c.v)); }
+inline Vec Max(Vec a, Vec b) { return Vec(_mm256_max_ps(a.v, b.v)); }
+inline Vec Min(Vec a, Vec b) { return Vec(_mm256_min_ps(a.v, b.v)); }
+inline Vec Round(Vec a) { return Vec(_mm256_round_ps(a.v, 8)); }
+inline void Keep(Vec& a) { asm volatile("" : "+x"(a.v)); }
+
+// Below the smallest normal number the result is zero.
+inline Vec ScaleByPowerOf2(Vec a, Vec n) {
+  const __m256 normal = _mm256_cmp_ps(n.v, _mm256_set1_ps(-126.0f), _CMP_GE_OQ);
+  const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
+  const __m256 power = _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
+  return Vec(_mm256_and_ps(normal, _mm256_mul_ps(a.v, power)));
+}
+
+inline float Sum(Vec a) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+inline float MaxLane(Vec a) {
+  __m128 m = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+  return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
+}
+
+// Sums of four vectors, each still spread over the two 128-bit lanes.
+inline __m256 SumFour(Vec a, Vec b, Vec c, Vec d) {
+  return _mm256_hadd_ps(_mm256_hadd_ps(a.v, b.v), _mm256_hadd_ps(c.v, d.v));
+}
+
+// Lane i is the sum of p[i].
+inline Vec SumEach(const Vec (&p)[8]) {
+  const __m256 low = SumFour(p[0], p[1], p[2], p[3]), high = SumFour(p[4], p[5], p[6], p[7]);
+  return Vec(_mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20),
+                           _mm256_permute2f128_ps(low, high, 0x31)));
+}
+
+// A bfloat16 is the upper half of a float.
+inline Vec DotPairs(__m256i a, __m256i b, Vec c) {
+  const __m256i high = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
+  const __m256 even = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_slli_epi32(a, 16)),
+                                      _mm256_castsi256_ps(_mm256_slli_epi32(b, 16)), c.v);
+  return Vec(_mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_and_si256(a, high)),
+                             _mm256_castsi256_ps(_mm256_and_si256(b, high)), even));
+}
+
+// Round to nearest, ties to even.
+inline void StoreBf16(Vec a, uint16_t* p) {
+  const __m256i bits = _mm256_castps_si256(a.v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_srli_epi32(
+      _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded, rounded), 0xD8);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+}
+
+// 12 of 16 registers hold sums.
+constexpr int kTileRows = 6;
+constexpr int kTileVecs = 2;
+
+}  // namespace
+#include "simd_ops.h"
+
+namespace tt {
+const Ops* Avx2Ops() { return &kSimdOps; }
+}  // namespace tt
+#else
+#include "ops.h"
+
+namespace tt {
+const Ops* Avx2Ops() { return nullptr; }
+}  // namespace tt
+#endif

@@ -1,0 +1,93 @@
+// AVX-512 vectors, with or without its bfloat16 instructions (__AVX512BF16__).
+#include <immintrin.h>
+#include <stdint.h>
+
+namespace {
+
+struct Vec {
+  static constexpr int kWidth = 16;
+  using Pairs = __m512i;  // (16, 2) bfloat16
+  __m512 v;
+
+  Vec() = default;
+  explicit Vec(float x) : v(_mm512_set1_ps(x)) {}
+  explicit Vec(__m512 x) : v(x) {}
+  static Vec Load(const float* p) { return Vec(_mm512_loadu_ps(p)); }
+  static Vec Broadcast(const float* p) { return Vec(_mm512_set1_ps(*p)); }
+  static Pairs LoadPairs(const uint16_t* p) { return _mm512_loadu_si512(p); }
+  static Pairs BroadcastPair(const uint16_t* p) {
+    int32_t pair;
+    __builtin_memcpy(&pair, p, sizeof(pair));
+    return _mm512_set1_epi32(pair);
+  }
+  void Store(float* p) const { _mm512_storeu_ps(p, v); }
+};
+
+inline Vec operator+(Vec a, Vec b) { return Vec(_mm512_add_ps(a.v, b.v)); }
+inline Vec operator-(Vec a, Vec b) { return Vec(_mm512_sub_ps(a.v, b.v)); }
+inline Vec operator*(Vec a, Vec b) { return Vec(_mm512_mul_ps(a.v, b.v)); }
+inline Vec operator/(Vec a, Vec b) { return Vec(_mm512_div_ps(a.v, b.v)); }
+inline Vec Fma(Vec a, Vec b, Vec c) { return Vec(_mm512_fmadd_ps(a.v, b.v, c.v)); }
+inline Vec Max(Vec a, Vec b) { return Vec(_mm512_max_ps(a.v, b.v)); }
+inline Vec Min(Vec a, Vec b) { return Vec(_mm512_min_ps(a.v, b.v)); }
+inline Vec Round(Vec a) { return Vec(_mm512_roundscale_ps(a.v, 0)); }
+inline Vec ScaleByPowerOf2(Vec a, Vec n) { return Vec(_mm512_scalef_ps(a.v, n.v)); }
+inline float Sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
+inline float MaxLane(Vec a) { return _mm512_reduce_max_ps(a.v); }
+inline void Keep(Vec& a) { asm volatile("" : "+v"(a.v)); }
+
+// Sums of four vectors, each still spread over the four 128-bit lanes.
+inline __m512 SumFour(__m512 a, __m512 b, __m512 c, __m512 d) {
+  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+  const __m512d x = _mm512_castps_pd(ab), y = _mm512_castps_pd(cd);
+  return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)),
+                       _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+}
+
+// Lane i is the sum of p[i].
+inline Vec SumEach(const Vec (&p)[16]) {
+  const __m512 a = SumFour(p[0].v, p[1].v, p[2].v, p[3].v);
+  const __m512 b = SumFour(p[4].v, p[5].v, p[6].v, p[7].v);
+  const __m512 c = SumFour(p[8].v, p[9].v, p[10].v, p[11].v);
+  const __m512 d = SumFour(p[12].v, p[13].v, p[14].v, p[15].v);
+  // 128-bit lanes: even ones and odd ones, twice
+  const __m512 ab =
+      _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD));
+  const __m512 cd =
+      _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x88), _mm512_shuffle_f32x4(c, d, 0xDD));
+  return Vec(
+      _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xDD)));
+}
+
+#ifdef __AVX512BF16__
+inline Vec DotPairs(__m512i a, __m512i b, Vec c) {
+  return Vec(_mm512_dpbf16_ps(c.v, (__m512bh)a, (__m512bh)b));
+}
+inline void StoreBf16(Vec a, uint16_t* p) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(a.v));
+}
+#else
+// A bfloat16 is the upper half of a float.
+inline Vec DotPairs(__m512i a, __m512i b, Vec c) {
+  const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  const __m512 even = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(a, 16)),
+                                      _mm512_castsi512_ps(_mm512_slli_epi32(b, 16)), c.v);
+  return Vec(_mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(a, high)),
+                             _mm512_castsi512_ps(_mm512_and_si512(b, high)), even));
+}
+// Round to nearest, ties to even.
+inline void StoreBf16(Vec a, uint16_t* p) {
+  const __m512i bits = _mm512_castps_si512(a.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+}
+#endif
+
+// 24 of 32 registers hold sums: 12 rows of 2 vectors need 14 loads for 24 multiply-adds.
+constexpr int kTileRows = 12;
+constexpr int kTileVecs = 2;
+
+}  // namespace

@@ -1,0 +1,88 @@
+// NEON, which every 64-bit Arm has.
+#ifdef __ARM_NEON
+#include <arm_neon.h>
+#include <stdint.h>
+
+namespace {
+
+constexpr char kName[] = "neon";
+
+struct Vec {
+  static constexpr int kWidth = 4;
+  using Pairs = uint32x4_t;  // (4, 2) bfloat16
+  float32x4_t v;
+
+  Vec() = default;
+  explicit Vec(float x) : v(vdupq_n_f32(x)) {}
+  explicit Vec(float32x4_t x) : v(x) {}
+  static Vec Load(const float* p) { return Vec(vld1q_f32(p)); }
+  static Vec Broadcast(const float* p) { return Vec(vld1q_dup_f32(p)); }
+  static Pairs LoadPairs(const uint16_t* p) { return vreinterpretq_u32_u16(vld1q_u16(p)); }
+  static Pairs BroadcastPair(const uint16_t* p) {
+    uint32_t pair;
+    __builtin_memcpy(&pair, p, sizeof(pair));
+    return vdupq_n_u32(pair);
+  }
+  void Store(float* p) const { vst1q_f32(p, v); }
+};
+
+inline Vec operator+(Vec a, Vec b) { return Vec(vaddq_f32(a.v, b.v)); }
+inline Vec operator-(Vec a, Vec b) { return Vec(vsubq_f32(a.v, b.v)); }
+inline Vec operator*(Vec a, Vec b) { return Vec(vmulq_f32(a.v, b.v)); }
+inline Vec operator/(Vec a, Vec b) { return Vec(vdivq_f32(a.v, b.v)); }
+inline Vec Fma(Vec a, Vec b, Vec c) { return Vec(vfmaq_f32(c.v, a.v, b.v)); }
+inline Vec Max(Vec a, Vec b) { return Vec(vmaxq_f32(a.v, b.v)); }
+inline Vec Min(Vec a, Vec b) { return Vec(vminq_f32(a.v, b.v)); }
+inline Vec Round(Vec a) { return Vec(vrndnq_f32(a.v)); }
+inline float Sum(Vec a) { return vaddvq_f32(a.v); }
+inline float MaxLane(Vec a) { return vmaxvq_f32(a.v); }
+inline void Keep(Vec& a) { asm volatile("" : "+w"(a.v)); }
+
+// Below the smallest normal number the result is zero.
+inline Vec ScaleByPowerOf2(Vec a, Vec n) {
+  const uint32x4_t normal = vcgeq_f32(n.v, vdupq_n_f32(-126.0f));
+  const int32x4_t exponent = vaddq_s32(vcvtq_s32_f32(n.v), vdupq_n_s32(127));
+  const float32x4_t power = vreinterpretq_f32_s32(vshlq_n_s32(exponent, 23));
+  return Vec(vreinterpretq_f32_u32(
+      vandq_u32(normal, vreinterpretq_u32_f32(vmulq_f32(a.v, power)))));
+}
+
+// Lane i is the sum of p[i].
+inline Vec SumEach(const Vec (&p)[4]) {
+  return Vec(vpaddq_f32(vpaddq_f32(p[0].v, p[1].v), vpaddq_f32(p[2].v, p[3].v)));
+}
+
+// A bfloat16 is the upper half of a float.
+inline Vec DotPairs(uint32x4_t a, uint32x4_t b, Vec c) {
+  const uint32x4_t high = vdupq_n_u32(0xffff0000u);
+  const float32x4_t even = vfmaq_f32(c.v, vreinterpretq_f32_u32(vshlq_n_u32(a, 16)),
+                                     vreinterpretq_f32_u32(vshlq_n_u32(b, 16)));
+  return Vec(vfmaq_f32(even, vreinterpretq_f32_u32(vandq_u32(a, high)),
+                       vreinterpretq_f32_u32(vandq_u32(b, high))));
+}
+
+// Round to nearest, ties to even.
+inline void StoreBf16(Vec a, uint16_t* p) {
+  const uint32x4_t bits = vreinterpretq_u32_f32(a.v);
+  const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+  const uint32x4_t rounded = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
+  vst1_u16(p, vshrn_n_u32(rounded, 16));
+}
+
+// 24 of 32 registers hold sums.
+constexpr int kTileRows = 6;
+constexpr int kTileVecs = 4;
+
+}  // namespace
+#include "simd_ops.h"
+
+namespace tt {
+const Ops* NeonOps() { return &kSimdOps; }
+}  // namespace tt
+#else
+#include "ops.h"
+
+namespace tt {
+const Ops* NeonOps() { return nullptr; }
+}  // namespace tt
+#endif

@@ -1,0 +1,111 @@
+// The oracle of the other tables: the definitions as plain loops, for any machine.
+#include <cmath>
+#include <cstring>
+
+#include "ops.h"
+
+namespace tt {
+namespace {
+
+constexpr int kPanel = 16;
+
+float FromBf16(uint16_t x) {
+  const uint32_t bits = static_cast<uint32_t>(x) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+// Round to nearest, ties to even.
+uint16_t ToBf16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+float Weight(const MatrixView& w, int i, int col) {
+  const size_t panel = static_cast<size_t>(col) / kPanel;
+  const int column = col % kPanel;
+  if (!w.bf16) return static_cast<const float*>(w.data)[(panel * w.k + i) * kPanel + column];
+  const size_t pair = (panel * (w.k / 2) + i / 2) * kPanel + column;
+  return FromBf16(static_cast<const uint16_t*>(w.data)[pair * 2 + i % 2]);
+}
+
+void Gemm(const MatrixView& w, int num_cols, const float* a, size_t lda, int rows, float* c,
+          size_t ldc, bool add, uint16_t*) {
+  for (int r = 0; r < rows; ++r) {
+    for (int col = 0; col < num_cols; ++col) {
+      float sum = w.bias[col];
+      for (int i = 0; i < w.k; ++i) {
+        const float x = a[r * lda + i];
+        sum += (w.bf16 ? FromBf16(ToBf16(x)) : x) * Weight(w, i, col);
+      }
+      c[r * ldc + col] = add ? c[r * ldc + col] + sum : sum;
+    }
+  }
+}
+
+void LayerNorm(const float* x, const float* gamma, const float* beta, int width, float* out) {
+  float mean = 0.0f, variance = 0.0f;
+  for (int i = 0; i < width; ++i) mean += x[i];
+  mean /= static_cast<float>(width);
+  for (int i = 0; i < width; ++i) variance += (x[i] - mean) * (x[i] - mean);
+  variance /= static_cast<float>(width);
+  const float scale = 1.0f / std::sqrt(variance + 1e-5f);
+  for (int i = 0; i < width; ++i) out[i] = (x[i] - mean) * scale * gamma[i] + beta[i];
+  for (int i = width; i < RoundUp(width, kPad); ++i) out[i] = 0.0f;
+}
+
+void Gelu(float* x, size_t n) {
+  for (size_t i = 0; i < n; ++i) x[i] = 0.5f * x[i] * (1.0f + std::erf(x[i] * 0.70710678f));
+}
+
+void Softmax(const float* x, int n, float* probs) {
+  float max = x[0], sum = 0.0f;
+  for (int i = 1; i < n; ++i) max = x[i] > max ? x[i] : max;
+  for (int i = 0; i < n; ++i) sum += probs[i] = std::exp(x[i] - max);
+  for (int i = 0; i < n; ++i) probs[i] /= sum;
+  for (int i = n; i < RoundUp(n, kPad); ++i) probs[i] = 0.0f;
+}
+
+void AttendRow(const AttendArgs& args, int r, int head) {
+  const uint32_t* path = args.paths[r];
+  const float* q = args.q + r * args.q_stride + head * args.head_stride;
+  const float* keys = args.kv + head * args.head_size;
+  for (int j = 0; j < args.lens[r]; ++j) {
+    float dot = 0.0f;
+    for (int i = 0; i < args.head_stride; ++i) dot += q[i] * keys[path[j] + i];
+    args.scores[j] = dot * args.scale;
+  }
+  Softmax(args.scores, args.lens[r], args.scores);
+  for (int i = 0; i < args.head_stride; ++i) {
+    float sum = 0.0f;
+    for (int j = 0; j < args.lens[r]; ++j) {
+      sum += args.scores[j] * keys[path[j] + args.head_stride + i];
+    }
+    args.out[r * args.out_stride + head * args.head_stride + i] = sum;
+  }
+}
+
+void Attend(const AttendArgs& args) {
+  for (int r = 0; r < args.rows; ++r) {
+    for (int head = 0; head < args.num_heads; ++head) AttendRow(args, r, head);
+  }
+}
+
+double PeakLoop(int64_t iterations, bool) {
+  float sums[8] = {};
+  for (int64_t i = 0; i < iterations; ++i) {
+    for (float& sum : sums) sum = sum * 0.999f + 1.0f;
+    asm volatile("" : : "r"(sums) : "memory");
+  }
+  return static_cast<double>(iterations) * 16.0;
+}
+
+constexpr Ops kOps = {"scalar", kPanel, Gemm, LayerNorm, Gelu, Attend, Softmax, PeakLoop};
+
+}  // namespace
+
+const Ops* ScalarOps() { return &kOps; }
+
+}  // namespace tt

@@ -1,0 +1,132 @@
+// The tokens of all beams as a tree of distinct prefixes.
+//
+// A row is one sequence of tokens (a beam, or a candidate). A node is one distinct prefix of a
+// window, computed once however many rows pass through it; a row knows its nodes by its path.
+// Tokens that attention hides (values) are never on a path, so rows that differ only there share
+// all later nodes.
+#ifndef TT_TOKEN_TREE_H_
+#define TT_TOKEN_TREE_H_
+
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include "model.h"
+
+namespace tt {
+
+// What one forward pass computes: new nodes, those whose logits are wanted last.
+struct Pass {
+  int count = 0;
+  int num_leaves = 0;
+  bool chained = false;  // some nodes are ancestors of others
+  int head = 0;          // dimension of the leaves' tokens
+  // per node, (count)
+  std::vector<int32_t> embedding_row;
+  std::vector<int32_t> position;  // in the window; -1: none, as a goal's tokens
+  std::vector<int32_t> node;      // where its keys and values go
+  std::vector<const uint32_t*> path;
+  std::vector<int32_t> path_len;  // itself included unless hidden
+
+  int num_internal() const { return count - num_leaves; }
+};
+
+struct TreeLimits {
+  int num_contexts = 1;
+  int max_rows = 1;     // a context
+  int max_len = 1;      // most tokens of a window, a goal's not counted
+  int max_tokens = 1;   // most tokens of a sequence
+  int max_nodes = 1;    // a context, between two crops
+};
+
+class TokenTree {
+ public:
+  // hidden (goal_len + block_size): positions that no query sees.
+  TokenTree(const Model& model, const std::vector<uint8_t>& hidden);
+
+  void Reserve(const TreeLimits& limits);
+
+  // One row a context; a longer context keeps its last window only.
+  void Begin(const std::vector<std::vector<int32_t>>& contexts, const std::vector<int32_t>& goal);
+  // Copies of all rows as blocks: row i and row i + num_rows share a parent.
+  void Tile(int times);
+  // The first rows of each context only.
+  void Narrow(int num_rows);
+  // These rows, (num_contexts, num_rows), in this order.
+  void Keep(const int32_t* rows, int num_rows);
+  // A token for every row, (num_contexts, num_rows).
+  void Append(const int32_t* tokens);
+  // Nodes for the newest tokens; where a window was cropped, for all of it.
+  const Pass& MakePass();
+
+  int num_contexts() const { return limits_.num_contexts; }
+  int num_rows() const { return num_rows_; }
+  int total_rows() const { return num_contexts() * num_rows_; }
+  int max_total_nodes() const { return limits_.num_contexts * limits_.max_nodes; }
+  // Which leaf of the last pass a row's newest token is.
+  int slot(int context, int row) const { return slots_[RowIndex(context, row)]; }
+  int num_slots() const { return pass_.num_leaves; }
+  // Tokens of a context's window, a goal's included.
+  int window_len(int context) const {
+    return model_.shape.goal_len + contexts_[context].num_tokens -
+           WindowStart(contexts_[context].num_tokens);
+  }
+  // Whether the next pass encodes a whole window of it.
+  bool is_cropped(int context) const {
+    return WindowStart(contexts_[context].num_tokens) != contexts_[context].start;
+  }
+  int num_tokens(int context) const { return contexts_[context].num_tokens; }
+  const int32_t* tokens(int context, int row) const {
+    return tokens_.data() + TokenIndex(context, row);
+  }
+
+ private:
+  struct Context {
+    int num_tokens = 0;
+    int start = -1;   // first token of the window; -1: nothing computed yet
+    int path_len = 0;
+    int num_nodes = 0;
+    bool cropped = false;  // in the pass that is being made
+  };
+
+  size_t RowIndex(int context, int row) const {
+    return static_cast<size_t>(context) * limits_.max_rows + row;
+  }
+  size_t TokenIndex(int context, int row) const {
+    return RowIndex(context, row) * limits_.max_tokens;
+  }
+  uint32_t* PathOf(int context, int row) {
+    return paths_.data() + RowIndex(context, row) * max_path_;
+  }
+  int32_t* KeyOf(int row) { return keys_.data() + static_cast<size_t>(row) * max_path_; }
+  int WindowStart(int num_tokens) const;
+  int WindowToken(int context, int row, int window_idx) const;
+
+  void AddNewest(int context);
+  void SortByPrefix(int context);
+  void AddWindowNodes(int context);
+  void AddWindowLeaves(int context);
+  void AddNode(int context, int row, int window_idx, int path_idx);
+  void AddLeaf(int context, int row, int window_idx, int path_idx);
+
+  const Model& model_;
+  const std::vector<uint8_t> hidden_;
+  TreeLimits limits_;
+  int num_rows_ = 0;
+  int max_path_ = 0;
+  std::vector<Context> contexts_;
+  std::vector<int32_t> goal_;
+  std::vector<int32_t> tokens_, other_tokens_;  // (contexts, max_rows, max_tokens)
+  std::vector<uint32_t> paths_, other_paths_;   // (contexts, max_rows, max_path) node offsets
+  std::vector<int32_t> slots_, other_slots_;
+  // scratch of MakePass
+  std::vector<int32_t> visible_;  // window indices that a query can see, the newest last
+  std::vector<int32_t> keys_;     // (max_rows, max_path) tokens there
+  std::vector<int32_t> order_;    // (contexts, max_rows) rows by these
+  std::vector<std::pair<uint64_t, int32_t>> newest_;  // (prefix, token) and row
+  Pass pass_;
+};
+
+}  // namespace tt
+
+#endif  // TT_TOKEN_TREE_H_
