@@ -289,7 +289,7 @@ void BeamSearch::KeepBest(Wave& wave, int context, int step, int kept) {
   PlanResult& result = wave.results[context];
   const int32_t* parents = &parents_[size_t(context) * kept];
   result.score = beam.scores[parents[0]];
-  if (step == 0) result.num_rows = tree_.num_rows();
+  if (step == 0) result.num_beams = tree_.num_rows();
   if (wave.request.trace) {
     const auto append = [](auto& to, const auto& from) {
       to.insert(to.end(), from.begin(), from.end());

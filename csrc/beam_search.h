@@ -53,7 +53,7 @@ struct PlanResult {
   double score = 0.0;
   std::vector<float> rewards, values;  // (steps)
   int steps = 0;                       // fewer than the horizon if the deadline passed
-  int num_rows = 0;                    // fewer than asked if the deadline is very short
+  int num_beams = 0;                   // fewer than asked if the deadline is very short
   // if traced
   std::vector<std::vector<int32_t>> drawn;                 // per token: (R) or (B)
   std::vector<float> candidate_rewards, candidate_values;  // (steps, R)

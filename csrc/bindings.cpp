@@ -282,7 +282,7 @@ py::dict ToDict(const PlanResult& result, int transition_dim, bool trace) {
   const py::ssize_t steps = result.steps;
   py::dict out("tokens"_a = ToTokens(result.tokens, {steps, transition_dim}),
                "score"_a = result.score, "rewards"_a = ToArray(result.rewards, {steps}),
-               "values"_a = ToArray(result.values, {steps}), "num_rows"_a = result.num_rows);
+               "values"_a = ToArray(result.values, {steps}), "num_beams"_a = result.num_beams);
   if (!trace) return out;
   const py::ssize_t rows = static_cast<py::ssize_t>(result.candidate_scores.size()) / steps;
   const py::ssize_t kept = static_cast<py::ssize_t>(result.parents.size()) / steps;

@@ -184,6 +184,20 @@ inline void WeightedSum(const float* weights, float scale, const float* values,
   }
 }
 
+// Asks for what row r has and the row before it has not: the ends of their paths, as neighbours
+// share a prefix.
+template <int kVecs>
+inline void PrefetchRow(const AttendArgs& args, int r, const float* keys) {
+  const uint32_t *path = args.paths[r], *last = args.paths[r - 1];
+  const int len = args.lens[r], last_len = args.lens[r - 1];
+  for (int j = len; j-- > 0 && (j >= last_len || path[j] != last[j]);) {
+    const char* node = reinterpret_cast<const char*>(keys + path[j]);
+    UNROLL for (size_t i = 0; i < 2 * kVecs * kWidth * sizeof(float); i += 64) {
+      __builtin_prefetch(node + i, 0, 2);
+    }
+  }
+}
+
 // Heads outside, rows inside: neighbouring rows share most ancestors, and one head's part of these
 // fits the first cache.
 template <int kVecs>
@@ -193,6 +207,7 @@ void AttendHeads(const AttendArgs& args) {
     const float* keys = args.kv + head * args.head_size;
     const float* values = keys + args.head_stride;
     for (int r = 0; r < args.rows; ++r) {
+      if (r + 3 < args.rows) PrefetchRow<kVecs>(args, r + 3, keys);
       const uint32_t* path = args.paths[r];
       const int len = args.lens[r];
       const float* q = args.q + r * args.q_stride + column;

@@ -24,7 +24,7 @@ def _seed_torch() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["reference", "torch"])
+@pytest.fixture(params=["reference", "torch", "cpu"])
 def backend(request: pytest.FixtureRequest) -> str:
     """Every backend of `beam_plan` and `beam_search`; all must equal the golden files."""
     name: str = request.param

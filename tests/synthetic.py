@@ -71,7 +71,7 @@ def imagine(record: EpisodeRecord, horizon: int = 5, plan_freq: int = 1) -> Epis
             plans.append(plans[-1])
             continue
         tokens = rows[np.minimum(np.arange(step, step + horizon), len(rows) - 1)]
-        plans.append(ImaginedPlan.decode(tokens, 1.0, discretizer, record.observations.shape[1]))
+        plans.append(ImaginedPlan.decode(tokens, 1.0, discretizer, record.observations.shape[1], 1))
     return dataclasses.replace(record, plans=tuple(plans))
 
 

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from tiny import ACTION_DIM, NUM_BINS, OBSERVATION_DIM, tiny_discretizer, tiny_model
 
 from tt_fast import PlanConfig, beam_plan
-from tt_fast.planning import make_backend
 from tt_fast.planning.cached import CachedDecoder, TorchBackend
 from tt_fast.planning.reference import Decoder, last_logits
 
@@ -93,7 +92,3 @@ def test_equal_prefixes_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> No
         config = PlanConfig(5, beam_width, 2, max_context_transitions=3, k_act=1, cdf_act=None)
         beam_plan(model, tiny_discretizer(), context, config, backend="torch")
     assert decoders[0].rows == decoders[1].rows > 0
-
-
-def test_auto_is_the_cached_backend() -> None:
-    assert make_backend("auto", tiny_model(), None).name == "torch"

@@ -318,7 +318,7 @@ def test_plan_is_the_planners(capsys, model):
 
     run(*argv)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"score {plan.score:.2f}"
+    assert lines[0] == f"score {plan.score:.2f}, 2 steps, 3 beams"
     assert len(lines) == 2 + plan_config.horizon
     first = [float(text) for text in lines[2].split()]
     expected = [0, plan.rewards[0], plan.values[0], *plan.actions[0]]

@@ -223,7 +223,7 @@ def test_positions_of_a_plan_integrate_the_root() -> None:
     # nq = 3: observations are z, pitch, then velocities of x, z, pitch
     observations = np.array([[1.0, 0.1, 2.0, 0, 0], [1.1, 0.2, 2.0, 0, 0], [1.2, 0.3, 4.0, 0, 0]])
     empty = np.zeros((3, 0))
-    plan = ImaginedPlan(observations, empty, empty, empty, 0.0, np.zeros((3, 0), dtype=np.int64))
+    plan = ImaginedPlan(observations, empty, empty, empty, 0.0, np.zeros((3, 0), np.int64), 1)
     expected = [[5.0, 1.0, 0.1], [5.2, 1.1, 0.2], [5.5, 1.2, 0.3]]
     np.testing.assert_allclose(video.imagined_qpos(plan, 5.0, 0.1), expected)
 

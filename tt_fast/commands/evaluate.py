@@ -49,7 +49,11 @@ class Evaluate(Command):
     no_prefix_context: bool = False
     """Plan from the observation alone, without past transitions."""
     backend: str = "auto"
-    """Planning backend."""
+    """Planning backend: auto, cpu, torch or reference."""
+    threads: int | None = None
+    """Threads of the cpu backend; all processors by default."""
+    deadline_ms: float | None = None
+    """Milliseconds for one decision: the best plan found in this time (cpu backend)."""
     out: Path | None = None
     """JSON file to write, after every checkpoint and seed."""
     video: Path | None = None
@@ -125,6 +129,8 @@ class Evaluate(Command):
             self.backend,
             plan_freq=self.plan_freq,
             prefix_context=not self.no_prefix_context,
+            num_threads=self.threads,
+            deadline_ms=self.deadline_ms,
         )
         result = evaluate(
             planner,

@@ -29,7 +29,11 @@ class Plan(Command):
     observation: tuple[str, ...]
     """Numbers, separated by commas or spaces, or one .npy or .json file with a list of them."""
     backend: str = "auto"
-    """Planning backend."""
+    """Planning backend: auto, cpu, torch or reference."""
+    threads: int | None = None
+    """Threads of the cpu backend; all processors by default."""
+    deadline_ms: float | None = None
+    """Milliseconds for the plan: the best one found in this time (cpu backend)."""
     seed: int = 0
     """Seed of the plan."""
     json: bool = False
@@ -44,7 +48,14 @@ class Plan(Command):
         from tt_fast.planning import ImaginedPlan, Planner
 
         observation = read_observation(self.observation)
-        planner = Planner(Checkpoint.load(self.checkpoint), self.plan, self.backend, self.seed)
+        planner = Planner(
+            Checkpoint.load(self.checkpoint),
+            self.plan,
+            self.backend,
+            self.seed,
+            num_threads=self.threads,
+            deadline_ms=self.deadline_ms,
+        )
         planner.act(np.array(observation))
         plan = planner.last_plan
         assert isinstance(plan, ImaginedPlan)
@@ -84,12 +95,14 @@ def _read_observation_file(path: Path) -> list[float]:
 
 def _plan_values(plan: ImaginedPlan) -> dict[str, Any]:
     names = ("observations", "actions", "rewards", "values", "tokens")
-    return {"score": plan.score, **{name: getattr(plan, name).tolist() for name in names}}
+    numbers = {"score": plan.score, "num_beams": plan.num_beams}
+    return {**numbers, **{name: getattr(plan, name).tolist() for name in names}}
 
 
 def _plan_table(plan: ImaginedPlan) -> str:
     """One line per planned step: reward, value, action."""
-    lines = [f"score {plan.score:.2f}", "step    reward     value  action"]
+    size = f"{len(plan.rewards)} steps, {plan.num_beams} beams"
+    lines = [f"score {plan.score:.2f}, {size}", "step    reward     value  action"]
     for step, (reward, value) in enumerate(zip(plan.rewards, plan.values, strict=True)):
         action = " ".join(f"{number:8.4f}" for number in plan.actions[step])
         lines.append(f"{step:4} {reward:9.3f} {value:9.2f}  {action}")

@@ -71,11 +71,19 @@ class BeamPlan:
     trace: tuple[PlanTrace, ...] | None = None
     """One a context, if asked for"""
     num_steps: Tokens | None = None
-    """(num_contexts,) steps planned; None: all. Where a deadline made it fewer than the arrays
-    hold, the rest is stop tokens and NaN"""
-    num_rows: Tokens | None = None
-    """(num_contexts,) beams kept after the first step, fewer than asked under a very short
-    deadline; None: as asked"""
+    """(num_contexts,) steps planned, fewer than the horizon if a deadline ended the plan; what the
+    arrays hold beyond is stop tokens and NaN. None: all"""
+    num_beams: Tokens | None = None
+    """(num_contexts,) beams kept, fewer than asked under a very short deadline. None: all"""
+
+    def tokens_of(self, context_idx: int) -> Tokens:
+        """(num_steps, transition_dim) tokens of one context's plan."""
+        tokens: Tokens = self.tokens[context_idx]
+        return tokens if self.num_steps is None else tokens[: self.num_steps[context_idx]]
+
+    def num_beams_of(self, context_idx: int, config: PlanConfig) -> int:
+        """Beams that one context's plan kept."""
+        return config.beam_width if self.num_beams is None else int(self.num_beams[context_idx])
 
 
 @dataclass(frozen=True)
@@ -90,28 +98,38 @@ class BeamSequence:
 
 @dataclass(frozen=True)
 class ImaginedPlan:
-    """A plan as numbers of the environment. Row 0 is now: its action is the one to take."""
+    """A plan as numbers of the environment. Row 0 is now: its action is the one to take.
+
+    S steps were planned: the horizon, or fewer if a deadline ended the plan.
+    """
 
     observations: Floats
-    """(horizon, observation_dim)"""
+    """(S, observation_dim)"""
     actions: Floats
-    """(horizon, action_dim)"""
+    """(S, action_dim)"""
     rewards: Floats
-    """(horizon,)"""
+    """(S,)"""
     values: Floats
-    """(horizon,)"""
+    """(S,)"""
     score: float
     tokens: Tokens
-    """(horizon, transition_dim)"""
+    """(S, transition_dim)"""
+    num_beams: int
+    """Beams that were kept: the beam_width, or fewer under a very short deadline"""
 
     @classmethod
     def decode(
-        cls, tokens: Tokens, score: float, discretizer: Discretizer, observation_dim: int
+        cls,
+        tokens: Tokens,
+        score: float,
+        discretizer: Discretizer,
+        observation_dim: int,
+        num_beams: int,
     ) -> ImaginedPlan:
-        """From the tokens (horizon, transition_dim) of a plan."""
+        """From the tokens (S, transition_dim) of a plan."""
         rows = discretizer.decode(tokens)
         observations, actions = rows[:, :observation_dim], rows[:, observation_dim:-2]
-        return cls(observations, actions, rows[:, -2], rows[:, -1], score, tokens)
+        return cls(observations, actions, rows[:, -2], rows[:, -1], score, tokens, num_beams)
 
 
 class PlanBackend(Protocol):

@@ -156,9 +156,9 @@ class CpuBackend:
             np.array([plan["score"] for plan in plans]),
             _stack([plan["rewards"] for plan in plans], np.nan),
             _stack([plan["values"] for plan in plans], np.nan),
-            tuple(_trace(context, plan) for context, plan in traces) if trace else None,
+            tuple(self._trace(context, plan) for context, plan in traces) if trace else None,
             num_steps,
-            np.array([plan["num_rows"] for plan in plans], np.int64),
+            np.array([plan["num_beams"] for plan in plans], np.int64),
         )
 
     def search(
@@ -195,6 +195,13 @@ class CpuBackend:
         """Count from zero again."""
         for search in self._searches.values():
             search.reset_stats()
+
+    def _trace(self, context: Tokens, plan: dict[str, Any]) -> PlanTrace:
+        # the core's beams begin with the current observation, the context's last tokens
+        past = context[: len(context) - self.model.config.observation_dim]
+        beams = np.concatenate([np.tile(past, (len(plan["beams"]), 1)), plan["beams"]], axis=1)
+        keys = ("drawn", "candidate_rewards", "candidate_values", "candidate_scores", "parents")
+        return PlanTrace(*(plan[key] for key in keys), beams)
 
     def _search(self, dtype: str) -> Any:
         """The core's search for a dtype, with the model's weights as they are now."""
@@ -235,15 +242,3 @@ def _stack(rows: Sequence[NDArray[Any]], padding: float) -> NDArray[Any]:
     for i, row in enumerate(rows):
         out[i, : len(row)] = row
     return out
-
-
-def _trace(context: Tokens, plan: dict[str, Any]) -> PlanTrace:
-    num_beams = len(plan["beams"])
-    return PlanTrace(
-        plan["drawn"],
-        plan["candidate_rewards"],
-        plan["candidate_values"],
-        plan["candidate_scores"],
-        plan["parents"],
-        np.concatenate([np.tile(context, (num_beams, 1)), plan["beams"]], axis=1),
-    )

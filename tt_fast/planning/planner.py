@@ -16,7 +16,7 @@ from tt_fast.checkpoint import Checkpoint
 from tt_fast.config import DEFAULT_DISCOUNT, PlanConfig
 from tt_fast.discretizer import Floats, Tokens
 from tt_fast.planning.base import Draws, ImaginedPlan
-from tt_fast.planning.search import check_overflow, check_plan, make_backend
+from tt_fast.planning.search import check_deadline, check_overflow, check_plan, make_backend
 from tt_fast.validate import refuse, require, require_int, require_number
 
 #: Stands for the unknown value of a past transition; no later position sees it (utils.py:8).
@@ -33,6 +33,8 @@ class _Clock:
     step: int = 0
     plan_index: int = 0
     plan: ImaginedPlan | None = None
+    plan_age: int = 0
+    """Steps taken since it was made"""
     pending: tuple[Floats, Floats] | None = None
     """Observation and action that wait for their reward"""
     ended: bool = False
@@ -54,6 +56,10 @@ class Planner:
         prefix_context: condition on past transitions, not only on the observation.
         action_bounds: (low, high), arrays that broadcast to (action_dim,); actions are clipped to
             them.
+        num_threads: of the cpu backend; None takes every processor this process may use.
+        deadline_ms: `act` returns the best plan found in this time, in milliseconds (cpu backend
+            only): with fewer steps or beams than asked, see `ImaginedPlan`. Plans then depend on
+            the clock. A shorter plan than plan_freq is followed by a new one when it is used up.
 
     Raises:
         ValueError: a checkpoint without discretizer, settings that do not fit the model.
@@ -70,6 +76,8 @@ class Planner:
         plan_freq: int = 1,
         prefix_context: bool = True,
         action_bounds: tuple[ArrayLike, ArrayLike] | None = None,
+        num_threads: int | None = None,
+        deadline_ms: float | None = None,
     ) -> None:
         if checkpoint.discretizer is None:
             refuse("checkpoint", "one with a discretizer", "discretizer=None")
@@ -89,7 +97,11 @@ class Planner:
         self._model_config = model
         self._bounds = _check_bounds(action_bounds, model.action_dim)
         self._max_history = self._history_capacity()
-        self._backend = make_backend(backend, checkpoint.model, self.discretizer)
+        self.num_threads, self.deadline_ms = num_threads, deadline_ms
+        self._backend = make_backend(
+            backend, checkpoint.model, self.discretizer, num_threads=num_threads
+        )
+        check_deadline(self._backend, deadline_ms)
         self._clocks = [_Clock(self.seed + i) for i in range(self.num_envs or 1)]
 
     @property
@@ -116,6 +128,8 @@ class Planner:
             plan_freq=self.plan_freq,
             prefix_context=self.prefix_context,
             action_bounds=self._bounds if action_bounds is None else action_bounds,
+            num_threads=self.num_threads,
+            deadline_ms=self.deadline_ms,
         )
 
     def reset(self, env_idx: int | None = None, *, seed: int | None = None) -> None:
@@ -154,13 +168,13 @@ class Planner:
         _require_finite_rows("observation", rows, env_ids)
         for i in env_ids:
             self._check_may_act(i)
-        self._plan([i for i in env_ids if self._clocks[i].step % self.plan_freq == 0], rows)
+        self._plan([i for i in env_ids if self._needs_plan(self._clocks[i])], rows)
 
         actions = np.zeros((len(self._clocks), self._model_config.action_dim))
         for i in env_ids:
             clock = self._clocks[i]
             assert clock.plan is not None
-            action = clock.plan.actions[clock.step % self.plan_freq]
+            action = clock.plan.actions[clock.plan_age]
             actions[i] = action if self._bounds is None else np.clip(action, *self._bounds)
             clock.pending = (rows[i].copy(), actions[i].copy())
         chosen = actions.astype(np.float32)
@@ -191,6 +205,9 @@ class Planner:
 
     # ---- planning ----
 
+    def _needs_plan(self, clock: _Clock) -> bool:
+        return clock.plan is None or clock.plan_age >= min(self.plan_freq, len(clock.plan.actions))
+
     def _plan(self, env_ids: Sequence[int], observations: Floats) -> None:
         """New plans for these environments, in one call of the backend."""
         if not env_ids:
@@ -203,9 +220,14 @@ class Planner:
             for clock, tokens in zip(clocks, now, strict=True)
         ]
         draws = Draws(tuple(c.seed for c in clocks), tuple(c.plan_index for c in clocks))
-        plans = self._backend.plan(contexts, self.plan_config, draws)
-        for clock, tokens, score in zip(clocks, plans.tokens, plans.scores, strict=True):
-            clock.plan = ImaginedPlan.decode(tokens, float(score), self.discretizer, width)
+        plans = self._backend.plan(
+            contexts, self.plan_config, draws, deadline_ms=self.deadline_ms
+        )
+        for i, clock in enumerate(clocks):
+            tokens, num_beams = plans.tokens_of(i), plans.num_beams_of(i, self.plan_config)
+            score = float(plans.scores[i])
+            clock.plan = ImaginedPlan.decode(tokens, score, self.discretizer, width, num_beams)
+            clock.plan_age = 0
             clock.plan_index += 1
         self.num_plans += len(clocks)
 
@@ -218,6 +240,7 @@ class Planner:
         del clock.history[: max(0, len(clock.history) - self._max_history)]
         clock.pending = None
         clock.step += 1
+        clock.plan_age += 1
 
     def _history_capacity(self) -> int:
         """Past transitions that can ever matter to a plan."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,28 +13,63 @@ from numpy.typing import ArrayLike
 from tt_fast.config import DEFAULT_DISCOUNT, ModelConfig, PlanConfig
 from tt_fast.discretizer import Discretizer, Floats, Tokens
 from tt_fast.model import TrajectoryTransformer
-from tt_fast.planning.base import BeamPlan, BeamSequence, Draws, PlanBackend
+from tt_fast.planning import cpu
+from tt_fast.planning.base import BeamPlan, BeamSequence, Draws, PlanBackend, ValueFn
 from tt_fast.planning.cached import TorchBackend
 from tt_fast.planning.reference import ReferenceBackend
 from tt_fast.validate import require, require_choice, require_int, require_number
 
-BACKENDS = {"reference": ReferenceBackend, "torch": TorchBackend}
+#: Names of the backends; "auto" stands for the fastest one that works.
+BACKENDS = ("reference", "torch", "cpu")
 
 
 def make_backend(
-    name: str, model: TrajectoryTransformer, discretizer: Discretizer | None
+    name: str,
+    model: TrajectoryTransformer,
+    discretizer: Discretizer | None,
+    *,
+    num_threads: int | None = None,
 ) -> PlanBackend:
-    """The planning backend of that name; "auto" takes the fastest that works here.
+    """The planning backend of that name.
+
+    "auto" takes `cpu` for a model on the processor and `torch` for one elsewhere, or where the C++
+    core was not built, which it warns of.
+
+    Args:
+        num_threads: of the cpu backend; None takes every processor this process may use. The
+            others follow `torch.set_num_threads`.
 
     Raises:
         ValueError: an unknown name, or a discretizer that does not fit the model.
+        ImportError: "cpu" without the C++ core.
     """
     require_choice("backend", name, ("auto", *BACKENDS))
+    if num_threads is not None:
+        require_int("num_threads", num_threads, 1, 1024)
     if discretizer is not None:
         shape = (model.config.vocab_size, model.config.transition_dim)
         got = (discretizer.num_bins, discretizer.transition_dim)
         require(got == shape, "discretizer", f"(num_bins, transition_dim) = {shape}", got)
-    return BACKENDS["torch" if name == "auto" else name](model, discretizer)
+    if name == "auto":
+        name = _fastest_backend(model)
+    if name == "cpu":
+        return cpu.CpuBackend(model, discretizer, num_threads=num_threads)
+    backend = TorchBackend if name == "torch" else ReferenceBackend
+    return backend(model, discretizer)
+
+
+def _fastest_backend(model: TrajectoryTransformer) -> str:
+    if model.pos_emb.device.type != "cpu":
+        return "torch"
+    if not cpu.is_available():
+        warnings.warn(
+            "tt_fast was installed without its C++ planner (no compiler?); planning with PyTorch, "
+            "which is several times slower",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return "torch"
+    return "cpu"
 
 
 def beam_plan(
@@ -47,6 +83,9 @@ def beam_plan(
     plan_index: int = 0,
     uniforms: ArrayLike | None = None,
     trace: bool = False,
+    value_fn: ValueFn | None = None,
+    deadline_ms: float | None = None,
+    num_threads: int | None = None,
 ) -> BeamPlan:
     """Search for action sequences of high predicted return (trajectory/search/core.py:11-96).
 
@@ -56,12 +95,19 @@ def beam_plan(
         contexts: (num_contexts, context_len) tokens, or a sequence of 1-D arrays of different
             lengths; each is past transitions, then the current observation.
         plan_config: default `PlanConfig()`; a discount of None means 0.99.
-        backend: "reference", "torch" or "auto" (torch).
+        backend: "reference", "torch", "cpu" or "auto", see `make_backend`.
         seed: context i draws with seed + i.
         plan_index: index of the plan among those of a seed.
         uniforms: (num_contexts, num_draws, beam_width * n_expand) in [0, 1), used instead of the
             generator; an observation draw uses the first beam_width columns.
         trace: also return every candidate, parent and draw.
+        value_fn: called once a planned step and context with the raw probabilities of reward and
+            value, (rows, 2, vocab_size + 1) float32; returns (rows,) rewards and (rows,) values
+            that replace the plan_config's estimate (core.py:64).
+        deadline_ms: return the best plan found in this time, in milliseconds (cpu backend only):
+            fewer steps, or in the extreme fewer beams; `num_steps` and `num_rows` of the result
+            tell. Such a plan depends on the clock, and cannot be traced.
+        num_threads: see `make_backend`.
 
     Returns:
         numpy arrays, see `BeamPlan`.
@@ -80,7 +126,12 @@ def beam_plan(
         num_draws = config.num_draws(model.config.observation_dim, model.config.action_dim)
         given = _check_uniforms(uniforms, (count, num_draws, config.num_rows))
     draws = Draws(tuple(seed + i for i in range(count)), (plan_index,) * count, given)
-    return make_backend(backend, model, discretizer).plan(arrays, config, draws, trace=trace)
+    planner = make_backend(backend, model, discretizer, num_threads=num_threads)
+    check_deadline(planner, deadline_ms)
+    require(not (trace and deadline_ms), "trace", "False with a deadline", trace)
+    return planner.plan(
+        arrays, config, draws, trace=trace, value_fn=value_fn, deadline_ms=deadline_ms
+    )
 
 
 def beam_search(
@@ -106,7 +157,7 @@ def beam_search(
         top_k: keep only so many candidates of each distribution.
         cdf: remove this mass of the least likely candidates.
         temperature: divides the logits.
-        backend: "reference", "torch" or "auto" (torch).
+        backend: "reference", "torch", "cpu" or "auto", see `make_backend`.
 
     Raises:
         ValueError: an argument of the wrong shape, type or range.
@@ -170,6 +221,19 @@ def check_overflow(model: ModelConfig, config: PlanConfig, context_transitions: 
             total <= model.num_transitions, "overflow", expected,
             f"{context_transitions} + {config.horizon} = {total}",
         )  # fmt: skip
+
+
+def check_deadline(backend: PlanBackend, deadline_ms: float | None) -> None:
+    """Refuse a deadline that is no time, or that this backend cannot keep.
+
+    Raises:
+        ValueError: says which.
+    """
+    if deadline_ms is None:
+        return
+    require_number("deadline_ms", deadline_ms, 0.0, open_low=True)
+    expected = f"None with the {backend.name} backend, which always plans to the end"
+    require(backend.has_deadline, "deadline_ms", expected, deadline_ms)
 
 
 def _check_contexts(contexts: Any, model: ModelConfig, config: PlanConfig) -> list[Tokens]:
