@@ -323,15 +323,8 @@ void BeamSearch::KeepBest(Wave& wave, int context, int step, int kept) {
 // ---- likelihood search ----
 
 SearchResult BeamSearch::Search(const SearchRequest& request) {
-  const Shape& shape = model_->shape;
-  const int num_ids = shape.num_ids(), width = request.beam_width;
-  const int64_t max_nodes = int64_t{width + 1} * (shape.block_size() + shape.transition_dim()) +
-                            shape.goal_len;
-  Reserve({.num_contexts = 1,
-           .max_rows = width,
-           .max_len = shape.block_size(),
-           .max_tokens = shape.block_size() + request.num_tokens,
-           .max_nodes = static_cast<int>(std::min<int64_t>(max_nodes, 1 << 30))});
+  const int num_ids = model_->shape.num_ids(), width = request.beam_width;
+  Reserve(SearchLimits(width, request.num_tokens));
   tree_.Begin({request.context}, request.goal);
   std::vector<float> totals(1, 0.0f), log_probs(num_ids), candidates;
   std::vector<int32_t> order, rows, tokens;
@@ -372,6 +365,14 @@ SearchResult BeamSearch::Search(const SearchRequest& request) {
   return {{best, best + request.num_tokens}, totals};
 }
 
+std::vector<float> BeamSearch::Logits(const std::vector<int32_t>& context,
+                                      const std::vector<int32_t>& goal) {
+  Reserve(SearchLimits(1, 1));
+  tree_.Begin({context}, goal);
+  Forward(1);
+  return {decoder_.logits(0), decoder_.logits(0) + model_->shape.num_ids()};
+}
+
 // ---- memory ----
 
 // Nodes of one context that are alive at once: those before the first crop, or a whole window of
@@ -384,20 +385,34 @@ TreeLimits BeamSearch::LimitsOf(const PlanSettings& settings, int num_contexts) 
   const int64_t uncropped =
       std::min<int64_t>(settings.horizon, max_len / shape.transition_dim() + 2);
   const int64_t nodes = std::max(max_len + uncropped * step, beams * max_len + 2 * step);
-  const int64_t offsets = nodes * num_contexts * 2 * shape.head_stride();
   const int64_t tokens = max_len + int64_t{settings.horizon} * shape.transition_dim();
-  constexpr int64_t kLimit = std::numeric_limits<int32_t>::max();
-  if (rows > kLimit || nodes * num_contexts > kLimit || offsets > 2 * kLimit ||
-      rows * num_contexts * std::max(tokens, max_len) > 64 * kLimit) {
-    throw std::length_error("beam_width * n_expand: expected a plan that fits in memory, got " +
-                            std::to_string(rows) + " candidates over a window of " +
-                            std::to_string(max_len) + " tokens");
-  }
+  CheckFits(nodes * num_contexts, rows * num_contexts, tokens);
   return {.num_contexts = num_contexts,
           .max_rows = static_cast<int>(rows),
           .max_len = settings.max_len,
           .max_tokens = static_cast<int>(tokens),
           .max_nodes = static_cast<int>(nodes)};
+}
+
+TreeLimits BeamSearch::SearchLimits(int beam_width, int num_tokens) const {
+  const Shape& shape = model_->shape;
+  const int64_t window = shape.block_size() + shape.transition_dim();
+  const int64_t nodes = shape.goal_len + window * (int64_t{beam_width} + 1);
+  CheckFits(nodes, beam_width, window + num_tokens);
+  return {.num_contexts = 1,
+          .max_rows = beam_width,
+          .max_len = shape.block_size(),
+          .max_tokens = shape.block_size() + num_tokens,
+          .max_nodes = static_cast<int>(nodes)};
+}
+
+// Throws if indices of nodes or tokens would not fit their types, or no memory this side of absurd.
+void BeamSearch::CheckFits(int64_t nodes, int64_t rows, int64_t tokens) const {
+  constexpr int64_t kLimit = std::numeric_limits<int32_t>::max();
+  if (nodes * 2 * model_->shape.head_stride() <= kLimit && rows * tokens <= kLimit) return;
+  throw std::length_error("beam_width: expected a search that fits in memory, got " +
+                          std::to_string(rows) + " rows of " + std::to_string(tokens) +
+                          " tokens");
 }
 
 int BeamSearch::WaveSize(const PlanSettings& settings) const {

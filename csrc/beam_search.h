@@ -91,6 +91,8 @@ class BeamSearch {
 
   std::vector<PlanResult> Plan(const PlanSettings& settings, const PlanRequest& request);
   SearchResult Search(const SearchRequest& request);
+  // (num_ids) logits of the token after a context, which is cropped at the model's own window.
+  std::vector<float> Logits(const std::vector<int32_t>& context, const std::vector<int32_t>& goal);
 
   PlanStats stats() const;
   void ResetStats();
@@ -136,6 +138,8 @@ class BeamSearch {
   bool FitsDeadline(Wave& wave, int step, int tokens_left);
   int WaveSize(const PlanSettings& settings) const;
   TreeLimits LimitsOf(const PlanSettings& settings, int num_contexts) const;
+  TreeLimits SearchLimits(int beam_width, int num_tokens) const;
+  void CheckFits(int64_t nodes, int64_t rows, int64_t tokens) const;
   void Reserve(const TreeLimits& limits);
 
   std::shared_ptr<const Model> model_;

@@ -184,6 +184,8 @@ class PyBeamSearch {
                    const py::object& goal, std::optional<int> top_k, std::optional<double> cdf,
                    double temperature);
 
+  Floats Logits(const py::array& context, const py::object& goal);
+
   py::dict Stats() {
     PlanStats stats;
     {
@@ -230,6 +232,9 @@ class PyBeamSearch {
     std::optional<py::gil_scoped_release> no_gil_;
   };
 
+  std::vector<int32_t> RequireContext(const py::array& context) const;
+  std::vector<int32_t> RequireGoal(const py::object& goal) const;
+
   const Shape shape_;
   std::unique_ptr<BeamSearch> search_;
   std::mutex mutex_;
@@ -255,9 +260,8 @@ ValueFunction WrapValueFunction(const py::object& value_fn, int num_ids) {
     const py::sequence pair(result);
     float* const outs[] = {rewards, values};
     for (int i = 0; i < 2; ++i) {
-      const auto numbers =
-          py::array_t<float, py::array::c_style | py::array::forcecast>::ensure(pair[i]);
-      if (!numbers) throw py::error_already_set();
+      const py::object item = pair[i];
+      const py::array_t<float, py::array::c_style | py::array::forcecast> numbers(item);
       if (numbers.ndim() != 1 || numbers.size() != num_rows) {
         Refuse("value_fn", expected, "shape " + ShapeText(numbers));
       }
@@ -390,19 +394,10 @@ py::tuple PyBeamSearch::Search(const py::array& context, int num_tokens, int bea
                                const py::object& goal, std::optional<int> top_k,
                                std::optional<double> cdf, double temperature) {
   SearchRequest request;
-  request.context = RequireTokens("context", context, shape_.vocab_size);
-  if (request.context.empty()) Refuse("context", "at least 1 token", "none");
+  request.context = RequireContext(context);
   request.num_tokens = InRange("num_tokens", num_tokens, 1, 1 << 24);
   request.beam_width = InRange("beam_width", beam_width, 1, 1 << 20);
-  if (goal.is_none() != (shape_.goal_len == 0)) {
-    Refuse("goal", shape_.goal_len > 0 ? "tokens" : "None", py::str(goal).cast<std::string>());
-  }
-  if (!goal.is_none()) {
-    request.goal = RequireTokens("goal", goal, shape_.vocab_size - 1);
-    if (static_cast<int>(request.goal.size()) != shape_.goal_len) {
-      Refuse("goal", Text(shape_.goal_len) + " tokens", Text(request.goal.size()));
-    }
-  }
+  request.goal = RequireGoal(goal);
   request.truncation = MakeTruncation("top", top_k, cdf, shape_.num_ids());
   request.temperature = RequireTemperature(temperature);
   request.interrupt = CheckSignals;
@@ -414,6 +409,34 @@ py::tuple PyBeamSearch::Search(const py::array& context, int num_tokens, int bea
   const auto size = [](const auto& v) { return static_cast<py::ssize_t>(v.size()); };
   return py::make_tuple(ToTokens(result.tokens, {size(result.tokens)}),
                         ToArray(result.log_probs, {size(result.log_probs)}));
+}
+
+Floats PyBeamSearch::Logits(const py::array& context, const py::object& goal) {
+  const std::vector<int32_t> tokens = RequireContext(context), goal_tokens = RequireGoal(goal);
+  std::vector<float> logits;
+  {
+    const Turn turn(*this);
+    logits = search_->Logits(tokens, goal_tokens);
+  }
+  return ToArray(logits, {static_cast<py::ssize_t>(logits.size())});
+}
+
+std::vector<int32_t> PyBeamSearch::RequireContext(const py::array& context) const {
+  std::vector<int32_t> tokens = RequireTokens("context", context, shape_.vocab_size);
+  if (tokens.empty()) Refuse("context", "at least 1 token", "none");
+  return tokens;
+}
+
+std::vector<int32_t> PyBeamSearch::RequireGoal(const py::object& goal) const {
+  if (goal.is_none() != (shape_.goal_len == 0)) {
+    Refuse("goal", shape_.goal_len > 0 ? "tokens" : "None", py::str(goal).cast<std::string>());
+  }
+  if (goal.is_none()) return {};
+  std::vector<int32_t> tokens = RequireTokens("goal", goal, shape_.vocab_size - 1);
+  if (static_cast<int>(tokens.size()) != shape_.goal_len) {
+    Refuse("goal", Text(shape_.goal_len) + " tokens", Text(tokens.size()));
+  }
+  return tokens;
 }
 
 // ---- kernels, for tests and for measuring ----
@@ -596,6 +619,7 @@ PYBIND11_MODULE(_core, m) {
            "deadline_seconds"_a)
       .def("search", &PyBeamSearch::Search, "context"_a, py::kw_only(), "num_tokens"_a,
            "beam_width"_a, "goal"_a, "top_k"_a, "cdf"_a, "temperature"_a)
+      .def("logits", &PyBeamSearch::Logits, "context"_a, "goal"_a)
       .def("stats", &PyBeamSearch::Stats)
       .def("reset_stats", &PyBeamSearch::ResetStats)
       .def_property_readonly("num_threads", &PyBeamSearch::num_threads);

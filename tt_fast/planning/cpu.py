@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tt_fast.config import PlanConfig
+from tt_fast.config import PlanConfig, Precision
 from tt_fast.discretizer import Discretizer, Tokens
 from tt_fast.model import TrajectoryTransformer, attention_mask
 from tt_fast.planning.base import BeamPlan, BeamSequence, Draws, PlanTrace, ValueFn
@@ -183,6 +183,16 @@ class CpuBackend:
             temperature=temperature,
         )
         return BeamSequence(np.concatenate([context, tokens]), log_probs)
+
+    def logits(
+        self, context: Tokens, goal: Tokens | None = None, dtype: Precision = "float32"
+    ) -> NDArray[np.float32]:
+        """(vocab_size + 1,) logits of the token after a context, (context_len,) int64.
+
+        A context longer than the model's window is cropped as in `search`.
+        """
+        logits: NDArray[np.float32] = self._search(dtype).logits(context, goal)
+        return logits
 
     def stats(self) -> PlanStats:
         """What plans and searches have cost so far, all dtypes together."""

@@ -1,0 +1,124 @@
+"""The arithmetic of csrc/, one table a processor's instruction set, against float64.
+
+Rule of tolerance: at most twice the error of PyTorch's float32 (or bfloat16) result against the
+same float64 one, plus a few roundings of the largest number.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from tt_fast.planning.cpu import _core, available_isas
+
+EPS = {"float32": 2.0**-23, "bfloat16": 2.0**-8}
+
+isas = pytest.mark.parametrize("isa", available_isas())
+
+
+def assert_close(got: NDArray[np.float32], exact: Tensor, rounded: Tensor) -> None:
+    error = np.abs(got - exact.numpy()).max()
+    theirs = float((rounded.double() - exact).abs().max())
+    assert got.shape == exact.shape
+    assert error <= 2 * theirs + 4 * EPS["float32"] * float(exact.abs().max())
+
+
+def normal(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_this_machine_runs_more_than_the_oracle() -> None:
+    assert available_isas()[-1] == "scalar"
+    assert len(set(available_isas())) == len(available_isas())
+
+
+@isas
+@pytest.mark.parametrize("rows", [1, 2, 5, 6, 7, 11, 12, 13, 25, 96])
+@pytest.mark.parametrize(("k", "n"), [(1, 1), (31, 33), (128, 101), (48, 144), (100, 384)])
+def test_gemm(isa: str, rows: int, k: int, n: int) -> None:
+    x, weight, bias = normal(0, rows, k), normal(1, n, k), normal(2, n)
+    got = _core.gemm(x.numpy(), weight.numpy(), bias.numpy(), dtype="float32", isa=isa)
+    exact = F.linear(x.double(), weight.double(), bias.double())
+    assert_close(got, exact, F.linear(x, weight, bias))
+
+
+@isas
+@pytest.mark.parametrize("rows", [1, 7, 12, 96])
+@pytest.mark.parametrize(("k", "n"), [(1, 1), (31, 33), (128, 101)])
+def test_gemm_in_bfloat16(isa: str, rows: int, k: int, n: int) -> None:
+    x, weight, bias = normal(0, rows, k), normal(1, n, k), normal(2, n)
+    got = _core.gemm(x.numpy(), weight.numpy(), bias.numpy(), dtype="bfloat16", isa=isa)
+    # inputs are rounded, sums are not: exact on rounded inputs up to float32
+    low_x, low_weight = x.bfloat16(), weight.bfloat16()
+    exact = F.linear(low_x.double(), low_weight.double(), bias.double())
+    assert_close(got, exact, F.linear(low_x.float(), low_weight.float(), bias))
+
+
+@isas
+def test_gelu(isa: str) -> None:
+    x = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([0.0, -0.0, 1e-30, -1e4, 1e4])])
+    got = _core.gelu(x[None].numpy(), isa=isa)[0]
+    exact = F.gelu(x.double())
+    # Phi is right to 1.3e-7 where it is fitted, and is rounded to float32: relative to x
+    allowed = 4 * EPS["float32"] * np.maximum(1.0, np.abs(x.numpy()))
+    assert (np.abs(got - exact.numpy()) <= allowed).all()
+
+
+@isas
+@pytest.mark.parametrize("cols", [1, 2, 15, 16, 17, 101, 257])
+def test_softmax(isa: str, cols: int) -> None:
+    x = 5 * normal(0, 9, cols)
+    x[0] = -1000.0  # all removed: uniform
+    x[1, cols // 2 :] = -1000.0
+    x[2, : cols - 1] = -torch.inf
+    got = _core.softmax(x.numpy(), isa=isa)
+    assert_close(got, x.double().softmax(-1), x.softmax(-1))
+    assert (got[2, : cols - 1] == 0.0).all()
+
+
+@isas
+@pytest.mark.parametrize("cols", [1, 3, 16, 31, 48, 128])
+def test_layer_norm(isa: str, cols: int) -> None:
+    x = 3 * normal(0, 5, cols) + 2
+    x[1] = 0.5  # no variance
+    gamma, beta = normal(1, cols), normal(2, cols)
+    got = _core.layer_norm(x.numpy(), gamma.numpy(), beta.numpy(), isa=isa)
+    exact = F.layer_norm(x.double(), (cols,), gamma.double(), beta.double())
+    assert_close(got, exact, F.layer_norm(x, (cols,), gamma, beta))
+
+
+@isas
+@pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 33, 79])
+@pytest.mark.parametrize(("heads", "dim"), [(1, 3), (2, 16), (4, 32), (3, 40), (1, 64), (2, 80)])
+def test_attention(isa: str, length: int, heads: int, dim: int) -> None:
+    q, k, v = normal(0, heads, dim), normal(1, length, heads, dim), normal(2, length, heads, dim)
+
+    def attention(dtype: Any) -> Tensor:
+        query, keys, values = q.to(dtype), k.to(dtype), v.to(dtype)
+        weights = (torch.einsum("hd,thd->ht", query, keys) / dim**0.5).softmax(-1)
+        return torch.einsum("ht,thd->hd", weights, values)
+
+    got = _core.attend(q.numpy(), k.numpy(), v.numpy(), isa=isa)
+    assert_close(got, attention(torch.float64), attention(torch.float32))
+
+
+def test_kernels_refuse_other_arrays() -> None:
+    x = np.zeros((2, 3), np.float32)
+    with pytest.raises(ValueError, match="isa: expected one of auto, "):
+        _core.gelu(x, isa="vax")
+    with pytest.raises(ValueError, match="x: expected a matrix"):
+        _core.gelu(x[0], isa="auto")
+    with pytest.raises(ValueError, match="weight: expected"):
+        _core.gemm(x, np.zeros((2, 4), np.float32), np.zeros(2, np.float32), "float32", "auto")
+    with pytest.raises(ValueError, match="rows: expected"):
+        _core.gemm(np.zeros((97, 3), np.float32), x, np.zeros(2, np.float32), "float32", "auto")
+
+
+def test_peak_rate_is_a_rate() -> None:
+    assert _core.peak_gflops("float32", num_threads=1, seconds=0.01, isa="scalar") > 0.01
