@@ -218,7 +218,7 @@ class PyBeamSearch {
       if (owner.user_.load() == std::this_thread::get_id()) {
         throw std::runtime_error("plan: called from its own value_fn");
       }
-      no_gil_.emplace();
+      no_gil_ = std::make_unique<py::gil_scoped_release>();
       owner.mutex_.lock();
       owner.user_.store(std::this_thread::get_id());
     }
@@ -229,7 +229,7 @@ class PyBeamSearch {
 
    private:
     PyBeamSearch& owner_;
-    std::optional<py::gil_scoped_release> no_gil_;
+    std::unique_ptr<py::gil_scoped_release> no_gil_;
   };
 
   std::vector<int32_t> RequireContext(const py::array& context) const;
@@ -529,9 +529,14 @@ Floats RunLayerNorm(const Floats& x, const Floats& gamma, const Floats& beta,
   return CutRows(out, rows, Cols(x), padded);
 }
 
-// One query (heads, head_dim) over keys and values (len, heads, head_dim).
-Floats RunAttend(const Floats& q, const Floats& k, const Floats& v, const std::string& isa) {
-  const int heads = Rows(q), dim = Cols(q), stride = RoundUp(dim, kHeadPad);
+// Two queries (2, heads, head_dim) over keys and values (len, heads, head_dim), of which the second
+// query sees all but the last `hidden` ones.
+Floats RunAttend(const Floats& q, const Floats& k, const Floats& v, int hidden,
+                 const std::string& isa) {
+  if (q.ndim() != 3 || q.shape(0) != 2) Refuse("q", "(2, heads, head_dim)", ShapeText(q));
+  const int heads = static_cast<int>(InRange<py::ssize_t>("heads", q.shape(1), 1, 1 << 10));
+  const int dim = static_cast<int>(InRange<py::ssize_t>("head_dim", q.shape(2), 1, 1 << 10));
+  const int stride = RoundUp(dim, kHeadPad);
   if (k.ndim() != 3 || v.ndim() != 3 || k.shape(0) < 1) Refuse("k, v", "3 dimensions", ShapeText(k));
   const int len = static_cast<int>(InRange<py::ssize_t>("len", k.shape(0), 1, 1 << 20));
   for (const Floats* x : {&k, &v}) {
@@ -540,10 +545,11 @@ Floats RunAttend(const Floats& q, const Floats& k, const Floats& v, const std::s
     }
   }
   // nodes in reverse order, so that a path is more than 0, 1, 2
+  InRange("hidden", hidden, 0, len - 1);
   const size_t head_size = static_cast<size_t>(len) * 2 * stride;
   AlignedBuffer<float> kv, scores;
   kv.ReserveZeroed(heads * head_size);
-  scores.ReserveZeroed(RoundUp(len, kPad));
+  scores.ReserveZeroed(size_t{kScoreRows} * RoundUp(len, kPad));
   std::vector<uint32_t> path(len);
   for (int j = 0; j < len; ++j) {
     path[j] = static_cast<uint32_t>((len - 1 - j) * 2 * stride);
@@ -553,24 +559,36 @@ Floats RunAttend(const Floats& q, const Floats& k, const Floats& v, const std::s
       std::copy_n(v.data(j, h, 0), dim, out + stride);
     }
   }
-  const AlignedBuffer<float> query = PadRows(q, stride);
-  AlignedBuffer<float> out(query.size());
-  const uint32_t* paths[] = {path.data()};
   const size_t width = static_cast<size_t>(heads) * stride;
-  FindOps(isa).attend({.rows = 1,
+  AlignedBuffer<float> query, out(2 * width);
+  query.ReserveZeroed(2 * width);
+  for (int r = 0; r < 2; ++r) {
+    for (int h = 0; h < heads; ++h) std::copy_n(q.data(r, h, 0), dim, &query[r * width + h * stride]);
+  }
+  const uint32_t* paths[] = {path.data(), path.data()};
+  const int32_t lens[] = {len, len - hidden}, shared[] = {0, len - hidden};
+  FindOps(isa).attend({.rows = 2,
                        .q = query.data(),
                        .q_stride = width,
                        .kv = kv.data(),
                        .head_size = head_size,
                        .paths = paths,
-                       .lens = &len,
+                       .lens = lens,
+                       .shared = shared,
                        .num_heads = heads,
                        .head_stride = stride,
                        .scale = 1.0f / std::sqrt(static_cast<float>(dim)),
                        .scores = scores.data(),
+                       .scores_size = scores.size() / kScoreRows,
                        .out = out.data(),
                        .out_stride = width});
-  return CutRows(out, heads, dim, stride);
+  Floats result({2, heads, dim});
+  for (int r = 0; r < 2; ++r) {
+    for (int h = 0; h < heads; ++h) {
+      std::copy_n(&out[r * width + h * stride], dim, result.mutable_data(r, h, 0));
+    }
+  }
+  return result;
 }
 
 // GFLOP/s of all threads together: of multiply-adds in registers, the ceiling of everything else.
@@ -604,12 +622,14 @@ double PeakGflops(const std::string& dtype, int num_threads, double seconds,
 PYBIND11_MODULE(_core, m) {
   using namespace tt;
   m.doc() = "The C++ planner. Private: use tt_fast.planning.";
-  py::class_<Model, std::shared_ptr<Model>>(m, "Model")
+  // plain classes, nothing to inherit from: an ordinary metaclass serves
+  const py::metaclass type(reinterpret_cast<PyObject*>(&PyType_Type));
+  py::class_<Model, std::shared_ptr<Model>>(m, "Model", type, py::is_final())
       .def(py::init(&MakeModel), py::kw_only(), "observation_dim"_a, "action_dim"_a,
            "vocab_size"_a, "num_transitions"_a, "num_layers"_a, "num_heads"_a, "embed_dim"_a,
            "goal_len"_a, "weights"_a, "dtype"_a, "isa"_a)
       .def_property_readonly("isa", [](const Model& model) { return model.ops.name; });
-  py::class_<PyBeamSearch>(m, "BeamSearch")
+  py::class_<PyBeamSearch>(m, "BeamSearch", type, py::is_final())
       .def(py::init<std::shared_ptr<const Model>, const py::array&, int>(), "model"_a, "hidden"_a,
            "num_threads"_a)
       .def("plan", &PyBeamSearch::Plan, "contexts"_a, py::kw_only(), "horizon"_a, "beam_width"_a,
@@ -628,6 +648,6 @@ PYBIND11_MODULE(_core, m) {
   m.def("gelu", &RunGelu, "x"_a, "isa"_a);
   m.def("softmax", &RunSoftmax, "x"_a, "isa"_a);
   m.def("layer_norm", &RunLayerNorm, "x"_a, "gamma"_a, "beta"_a, "isa"_a);
-  m.def("attend", &RunAttend, "q"_a, "k"_a, "v"_a, "isa"_a);
+  m.def("attend", &RunAttend, "q"_a, "k"_a, "v"_a, "hidden"_a, "isa"_a);
   m.def("peak_gflops", &PeakGflops, "dtype"_a, "num_threads"_a, "seconds"_a, "isa"_a);
 }

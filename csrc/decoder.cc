@@ -14,6 +14,11 @@ double SecondsSince(Clock::time_point begin) {
   return std::chrono::duration<double>(Clock::now() - begin).count();
 }
 
+// n floats, a multiple of kHeadPad: too few to call memcpy for.
+inline void CopyLanes(const float* from, size_t n, float* to) {
+  for (size_t i = 0; i < n; i += kHeadPad) std::memcpy(to + i, from + i, kHeadPad * sizeof(float));
+}
+
 // Fewer rows are not worth a thread of their own.
 constexpr int kMinRows = 6;
 
@@ -38,7 +43,7 @@ void Decoder::Reserve(int max_nodes, int max_path) {
   for (auto& layer : kv_) {
     layer.Reserve(max_nodes_ * shape.num_heads * 2 * shape.head_stride());
   }
-  for (Scratch& scratch : scratch_) scratch.scores.ReserveZeroed(RoundUp(max_path, kPad));
+  for (Scratch& scratch : scratch_) scratch.scores.ReserveZeroed(size_t{kScoreRows} * RoundUp(max_path, kPad));
 }
 
 void Decoder::Forward(const Pass& pass) {
@@ -47,6 +52,7 @@ void Decoder::Forward(const Pass& pass) {
   h_.Reserve(static_cast<size_t>(pass.count) * shape.width());
   q_.Reserve(static_cast<size_t>(pass.count) * shape.attn_width());
   logits_.Reserve(static_cast<size_t>(pass.num_leaves) * shape.logits_width());
+  shared_.resize(pass.count);
   pass.chained ? Prefill() : Decode();
   Count(pass);
 }
@@ -109,14 +115,25 @@ void Decoder::Prefill() {
 void Decoder::Embed(int begin, int end) {
   const int width = model_.shape.width();
   for (int row = begin; row < end; ++row) {
-    const size_t token = pass_->embedding_row[row];
+    shared_[row] = row > 0 ? SharedPath(row) : 0;
+    const float* token =
+        model_.embedding.data() + static_cast<size_t>(pass_->embedding_row[row]) * width;
     float* h = RowOf(h_, row, width);
-    std::memcpy(h, model_.embedding.data() + token * width, width * sizeof(float));
-    if (pass_->position[row] < 0) continue;
+    if (pass_->position[row] < 0) {
+      std::memcpy(h, token, width * sizeof(float));
+      continue;
+    }
     const float* position =
         model_.position.data() + static_cast<size_t>(pass_->position[row]) * width;
-    for (int i = 0; i < width; ++i) h[i] += position[i];
+    for (int i = 0; i < width; ++i) h[i] = token[i] + position[i];
   }
+}
+
+// How much of its path a row has in common with the row before it.
+int Decoder::SharedPath(int row) const {
+  const uint32_t *path = pass_->path[row], *last = pass_->path[row - 1];
+  const int len = std::min(pass_->path_len[row], pass_->path_len[row - 1]);
+  return static_cast<int>(std::mismatch(path, path + len, last).first - path);
 }
 
 void Decoder::AttentionInput(int layer, int begin, int end, bool keys_only, Scratch& scratch) {
@@ -128,7 +145,7 @@ void Decoder::AttentionInput(int layer, int begin, int end, bool keys_only, Scra
   for (int row = begin; row < end; ++row) {
     const float* kvq = RowOf(scratch.kvq, row - begin, 3 * attn);
     StoreKeys(layer, row, kvq);
-    if (!keys_only) std::memcpy(RowOf(q_, row, attn), kvq + 2 * attn, attn * sizeof(float));
+    if (pass_->chained && !keys_only) CopyLanes(kvq + 2 * attn, attn, RowOf(q_, row, attn));
   }
 }
 
@@ -138,29 +155,32 @@ void Decoder::StoreKeys(int layer, int row, const float* kv) {
   const size_t stride = shape.head_stride();
   for (int head = 0; head < shape.num_heads; ++head) {
     float* out = kv_[layer].data() + (head * max_nodes_ + pass_->node[row]) * 2 * stride;
-    std::memcpy(out, kv + head * stride, stride * sizeof(float));
-    std::memcpy(out + stride, kv + shape.attn_width() + head * stride, stride * sizeof(float));
+    CopyLanes(kv + head * stride, stride, out);
+    CopyLanes(kv + shape.attn_width() + head * stride, stride, out + stride);
   }
 }
 
-// h += proj(attention)
+// h += proj(attention). Queries of a decoded chunk are still where its input step left them.
 void Decoder::AttentionOutput(int layer, int begin, int end, Scratch& scratch) {
   const Shape& shape = model_.shape;
   const int attn = shape.attn_width(), stride = shape.head_stride();
   const auto start = Clock::now();
-  model_.ops.attend({.rows = end - begin,
-                     .q = RowOf(q_, begin, attn),
-                     .q_stride = static_cast<size_t>(attn),
-                     .kv = kv_[layer].data(),
-                     .head_size = max_nodes_ * 2 * stride,
-                     .paths = pass_->path.data() + begin,
-                     .lens = pass_->path_len.data() + begin,
-                     .num_heads = shape.num_heads,
-                     .head_stride = stride,
-                     .scale = 1.0f / std::sqrt(static_cast<float>(shape.head_dim())),
-                     .scores = scratch.scores.data(),
-                     .out = scratch.attended.data(),
-                     .out_stride = static_cast<size_t>(attn)});
+  model_.ops.attend(
+      {.rows = end - begin,
+       .q = pass_->chained ? RowOf(q_, begin, attn) : scratch.kvq.data() + 2 * attn,
+       .q_stride = static_cast<size_t>(pass_->chained ? attn : 3 * attn),
+       .kv = kv_[layer].data(),
+       .head_size = max_nodes_ * 2 * stride,
+       .paths = pass_->path.data() + begin,
+       .lens = pass_->path_len.data() + begin,
+       .shared = shared_.data() + begin,
+       .num_heads = shape.num_heads,
+       .head_stride = stride,
+       .scale = 1.0f / std::sqrt(static_cast<float>(shape.head_dim())),
+       .scores = scratch.scores.data(),
+       .scores_size = scratch.scores.size() / kScoreRows,
+       .out = scratch.attended.data(),
+       .out_stride = static_cast<size_t>(attn)});
   scratch.attention_seconds += SecondsSince(start);
   Gemm(model_.layers[layer].proj, shape.width(), scratch.attended.data(), attn, end - begin,
        RowOf(h_, begin, shape.width()), shape.width(), true, scratch);

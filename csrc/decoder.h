@@ -46,7 +46,7 @@ class Decoder {
     AlignedBuffer<float> kvq;       // (3 attn_width)
     AlignedBuffer<float> attended;  // (attn_width)
     AlignedBuffer<float> hidden;    // (hidden_width)
-    AlignedBuffer<float> scores;    // one row's
+    AlignedBuffer<float> scores;    // (kScoreRows, longest path)
     AlignedBuffer<uint16_t> rounded;
     double gemm_seconds = 0.0;
     double attention_seconds = 0.0;
@@ -59,6 +59,7 @@ class Decoder {
 
   // Steps over rows [begin, end) of the pass.
   void Embed(int begin, int end);
+  int SharedPath(int row) const;
   void AttentionInput(int layer, int begin, int end, bool keys_only, Scratch& scratch);
   void StoreKeys(int layer, int row, const float* kv);
   void AttentionOutput(int layer, int begin, int end, Scratch& scratch);
@@ -81,6 +82,7 @@ class Decoder {
   std::vector<AlignedBuffer<float>> kv_;  // a layer: (num_heads, max_nodes, 2, head_stride)
   AlignedBuffer<float> h_;                // (rows, width) residual stream
   AlignedBuffer<float> q_;                // (rows, attn_width)
+  std::vector<int32_t> shared_;           // (rows) AttendArgs::shared
   AlignedBuffer<float> logits_;           // (leaves, logits_width)
   std::vector<Scratch> scratch_;          // a thread
   DecoderStats stats_;

@@ -16,6 +16,8 @@ namespace tt {
 inline constexpr int kPad = 32;
 // Each attention head is padded to a multiple of this.
 inline constexpr int kHeadPad = 16;
+// Rows whose attention scores are held at once; even, as rows go in pairs.
+inline constexpr int kScoreRows = 8;
 // Most rows that one call of `gemm` takes.
 inline constexpr int kMaxRows = 96;
 
@@ -43,10 +45,12 @@ struct AttendArgs {
   size_t head_size;
   const uint32_t* const* paths;  // (rows) of (len) offsets of nodes in kv
   const int32_t* lens;           // (rows), at least 1
+  const int32_t* shared;         // (rows) how much of its path a row shares with the row before it
   int num_heads;
   int head_stride;  // multiple of kHeadPad
   float scale;    // 1 / sqrt(head_dim)
-  float* scores;  // scratch (RoundUp(longest len, kPad))
+  float* scores;  // scratch (kScoreRows, scores_size)
+  size_t scores_size;  // at least RoundUp(longest len, kPad)
   float* out;     // (rows, out_stride)
   size_t out_stride;
 };

@@ -91,6 +91,7 @@ inline void StoreBf16(Vec a, uint16_t* p) {
 
 // 12 of 16 registers hold sums.
 constexpr int kTileRows = 6;
+constexpr int kRegisters = 16;
 constexpr int kTileVecs = 2;
 
 }  // namespace

@@ -88,6 +88,7 @@ inline void StoreBf16(Vec a, uint16_t* p) {
 
 // 24 of 32 registers hold sums: 12 rows of 2 vectors need 14 loads for 24 multiply-adds.
 constexpr int kTileRows = 12;
+constexpr int kRegisters = 32;
 constexpr int kTileVecs = 2;
 
 }  // namespace

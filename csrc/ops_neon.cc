@@ -71,6 +71,7 @@ inline void StoreBf16(Vec a, uint16_t* p) {
 
 // 24 of 32 registers hold sums.
 constexpr int kTileRows = 6;
+constexpr int kRegisters = 32;
 constexpr int kTileVecs = 4;
 
 }  // namespace

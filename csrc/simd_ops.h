@@ -1,5 +1,5 @@
 // The kernels, written once over a vector type. Include it after defining, in an anonymous
-// namespace, `Vec` (see vec_*.h), kName, kTileRows and kTileVecs; it defines `kSimdOps`.
+// namespace, `Vec`, kName, kTileRows, kTileVecs and kRegisters; it defines `kSimdOps`.
 //
 // No include guard and nothing but anonymous namespaces: each instruction set has its own copy.
 #include "ops.h"
@@ -55,9 +55,7 @@ inline Vec Gelu(Vec x) {
   q = Fma(q, t, Vec(0.027926700189709663f));
   q = Fma(q, t, Vec(0.24824348092079163f));
   q = Fma(q, t, Vec(1.0f));
-  const Vec half(0.5f);
-  const Vec y = Min(Max(c * p / q, Vec(-0.5f)), half);
-  return x * (half + y);
+  return x * (Vec(0.5f) + Max(c * p / q, Vec(-0.5f)));
 }
 
 void GeluRow(float* x, size_t n) {
@@ -112,17 +110,24 @@ inline Vec DotVecs(const Vec (&q)[kVecs], const float* key) {
   return sum;
 }
 
-// ---- attention: three steps of one head and one row, QK, exp, weighted sum ----
+// ---- attention: three steps of one head, QK, exp, weighted sum ----
+//
+// A row alone, or two neighbours at once over the ancestors that they share: each key and value is
+// then loaded once for both.
 
-// scores[j] = q . k_j for all keys, kMasked after them; returns the largest.
 template <int kVecs>
-inline float DotKeys(const float* q, float scale, const float* keys, const uint32_t* path, int len,
-                     float* scores) {
-  Vec query[kVecs];
+inline void LoadQuery(const float* q, float scale, Vec (&query)[kVecs]) {
   UNROLL for (int v = 0; v < kVecs; ++v) query[v] = Vec::Load(q + v * kWidth) * Vec(scale);
+}
+
+// scores[j] = q . k_j for j in [begin, len), kMasked after them; begin is a multiple of kWidth.
+template <int kVecs>
+inline void DotKeys(const float* q, float scale, const float* keys, const uint32_t* path, int begin,
+                    int len, float* scores) {
+  Vec query[kVecs];
+  LoadQuery<kVecs>(q, scale, query);
   // a vector of partial sums a key, then all of them reduced at once: lane i belongs to key j + i
-  Vec largest(kMasked);
-  for (int j = 0; j < len; j += kWidth) {
+  for (int j = begin; j < len; j += kWidth) {
     Vec partial[kWidth];
     if (j + kWidth <= len) {
       UNROLL for (int i = 0; i < kWidth; ++i) {
@@ -133,64 +138,153 @@ inline float DotKeys(const float* q, float scale, const float* keys, const uint3
         partial[i] = DotVecs<kVecs>(query, keys + path[j + i < len ? j + i : len - 1]);
       }
     }
-    const Vec dots = SumEach(partial);
-    largest = Max(largest, dots);  // a last key that is repeated does not change it
-    dots.Store(scores + j);
+    SumEach(partial).Store(scores + j);
   }
   for (int j = len; j < tt::RoundUp(len, kWidth); ++j) scores[j] = kMasked;
-  return MaxLane(largest);
 }
 
-// scores[j] = exp(scores[j] - max); returns their sum.
-inline float ExpScores(float* scores, int len, float max) {
+// The same of a row and the next one over [0, end), a multiple of kWidth.
+template <int kVecs>
+inline void DotSharedKeys(const float* q, size_t q_stride, float scale, const float* keys,
+                          const uint32_t* path, int end, float* scores, size_t scores_size) {
+  Vec query0[kVecs], query1[kVecs];
+  LoadQuery<kVecs>(q, scale, query0);
+  LoadQuery<kVecs>(q + (end > 0 ? q_stride : 0), scale, query1);
+  for (int j = 0; j < end; j += kWidth) {
+    Vec partial0[kWidth], partial1[kWidth];
+    UNROLL for (int i = 0; i < kWidth; ++i) {
+      partial0[i] = DotVecs<kVecs>(query0, keys + path[j + i]);
+      partial1[i] = DotVecs<kVecs>(query1, keys + path[j + i]);
+    }
+    SumEach(partial0).Store(scores + j);
+    SumEach(partial1).Store(scores + scores_size + j);
+  }
+}
+
+// scores[j] = exp(scores[j] - max); returns one over their sum.
+inline float ExpScores(float* scores, int len) {
+  Vec largest = Vec::Load(scores);
+  for (int j = kWidth; j < len; j += kWidth) largest = Max(largest, Vec::Load(scores + j));
+  const Vec max(MaxLane(largest));
   Vec sum(0.0f);
   for (int j = 0; j < len; j += kWidth) {
-    const Vec e = Exp(Vec::Load(scores + j) - Vec(max));
+    const Vec e = Exp(Vec::Load(scores + j) - max);
     e.Store(scores + j);
     sum = sum + e;
   }
-  return Sum(sum);
+  return 1.0f / Sum(sum);
 }
 
-// out = sum_j weights[j] v_j * scale. Four sums side by side hide a multiply-add's latency.
+// A weighted sum is several sums side by side, which hides the latency of a multiply-add: value j
+// goes to chain j % kChains. A row's order of additions is the same alone and beside another one,
+// so that plans do not depend on how rows are shared out.
 template <int kVecs>
-inline void WeightedSum(const float* weights, float scale, const float* values,
-                        const uint32_t* path, int len, float* out) {
-  constexpr int kChains = 4;
+inline constexpr int kChainsOf = kRegisters / 4 / kVecs > 4   ? 4
+                                 : kRegisters / 4 / kVecs < 1 ? 1
+                                                              : kRegisters / 4 / kVecs;
+
+template <int kVecs>
+struct Chains {
+  static constexpr int kChains = kChainsOf<kVecs>;
   Vec sums[kChains][kVecs];
-  UNROLL for (int c = 0; c < kChains; ++c) {
-    UNROLL for (int v = 0; v < kVecs; ++v) sums[c][v] = Vec(0.0f);
+};
+
+template <int kVecs>
+inline void StoreTotal(const Chains<kVecs>& chains, float scale, float* out) {
+  UNROLL for (int v = 0; v < kVecs; ++v) {
+    Vec total = chains.sums[0][v];
+    UNROLL for (int c = 1; c < chains.kChains; ++c) total = total + chains.sums[c][v];
+    (total * Vec(scale)).Store(out + v * kWidth);
   }
-  int j = 0;
-  for (; j + kChains <= len; j += kChains) {
-    UNROLL for (int c = 0; c < kChains; ++c) {
-      const Vec weight = Vec::Broadcast(weights + j + c);
+}
+
+template <int kVecs>
+inline void AddOne(float weight, const float* value, Vec (&sums)[kVecs]) {
+  const Vec w(weight);
+  UNROLL for (int v = 0; v < kVecs; ++v) sums[v] = Fma(w, Vec::Load(value + v * kWidth), sums[v]);
+}
+
+// Chains of values [0, end), then of [end, len) too; end is a multiple of kWidth. By value: sums
+// that live in a register may have no address.
+template <int kVecs>
+inline Chains<kVecs> AddValues(Chains<kVecs> chains, const float* weights, const float* values,
+                               const uint32_t* path, int end, int len) {
+  int j = end;
+  for (; j + chains.kChains <= len; j += chains.kChains) {
+    UNROLL for (int c = 0; c < chains.kChains; ++c) {
+      AddOne<kVecs>(weights[j + c], values + path[j + c], chains.sums[c]);
+    }
+  }
+  for (; j < len; ++j) AddOne<kVecs>(weights[j], values + path[j], chains.sums[0]);
+  return chains;
+}
+
+// Of a row and the next one, values [0, end).
+template <int kVecs>
+inline void AddSharedValues(const float* weights, size_t stride, const float* values,
+                            const uint32_t* path, int end, Chains<kVecs>* out) {
+  Chains<kVecs> a, b;
+  UNROLL for (int c = 0; c < a.kChains; ++c) {
+    UNROLL for (int v = 0; v < kVecs; ++v) a.sums[c][v] = b.sums[c][v] = Vec(0.0f);
+  }
+  for (int j = 0; j < end; j += a.kChains) {
+    UNROLL for (int c = 0; c < a.kChains; ++c) {
+      const Vec w0 = Vec::Broadcast(weights + j + c);
+      const Vec w1 = Vec::Broadcast(weights + stride + j + c);
       const float* value = values + path[j + c];
       UNROLL for (int v = 0; v < kVecs; ++v) {
-        sums[c][v] = Fma(weight, Vec::Load(value + v * kWidth), sums[c][v]);
+        const Vec x = Vec::Load(value + v * kWidth);
+        a.sums[c][v] = Fma(w0, x, a.sums[c][v]);
+        b.sums[c][v] = Fma(w1, x, b.sums[c][v]);
       }
     }
   }
-  for (; j < len; ++j) {
-    const Vec weight = Vec::Broadcast(weights + j);
-    const float* value = values + path[j];
-    UNROLL for (int v = 0; v < kVecs; ++v) {
-      sums[0][v] = Fma(weight, Vec::Load(value + v * kWidth), sums[0][v]);
+  out[0] = a;
+  out[1] = b;
+}
+
+// One head of rows [r, r + num_rows), at most kScoreRows: each step for all of them before the next
+// one, as a row alone would wait for its own maximum and sum. Pairs of rows share keys and values.
+template <int kVecs>
+inline void AttendBlock(const AttendArgs& args, int head, int r, int num_rows) {
+  const int column = head * args.head_stride;
+  const float* keys = args.kv + head * args.head_size;
+  const float* values = keys + args.head_stride;
+  const float* q = args.q + r * args.q_stride + column;
+  float* out = args.out + r * args.out_stride + column;
+  const uint32_t* const* paths = args.paths + r;
+  const int32_t* lens = args.lens + r;
+  int ends[tt::kScoreRows];  // what a pair does together
+  float scales[tt::kScoreRows];
+  const auto scores = [&args](int i) { return args.scores + i * args.scores_size; };
+
+  for (int i = 0; i < num_rows; i += 2) {
+    const bool is_pair = i + 1 < num_rows;
+    ends[i] = is_pair ? args.shared[r + i + 1] / kWidth * kWidth : 0;
+    DotSharedKeys<kVecs>(q + i * args.q_stride, args.q_stride, args.scale, keys, paths[i], ends[i],
+                         scores(i), args.scores_size);
+    for (int row = i; row < i + 1 + is_pair; ++row) {
+      DotKeys<kVecs>(q + row * args.q_stride, args.scale, keys, paths[row], ends[i], lens[row],
+                     scores(row));
     }
   }
-  UNROLL for (int v = 0; v < kVecs; ++v) {
-    const Vec sum = (sums[0][v] + sums[1][v]) + (sums[2][v] + sums[3][v]);
-    (sum * Vec(scale)).Store(out + v * kWidth);
+  for (int i = 0; i < num_rows; ++i) scales[i] = ExpScores(scores(i), lens[i]);
+  for (int i = 0; i < num_rows; i += 2) {
+    Chains<kVecs> chains[2];
+    AddSharedValues<kVecs>(scores(i), args.scores_size, values, paths[i], ends[i], chains);
+    for (int row = i; row < i + 2 && row < num_rows; ++row) {
+      StoreTotal<kVecs>(AddValues<kVecs>(chains[row - i], scores(row), values, paths[row], ends[i],
+                                         lens[row]),
+                        scales[row], out + row * args.out_stride);
+    }
   }
 }
 
-// Asks for what row r has and the row before it has not: the ends of their paths, as neighbours
-// share a prefix.
+// Asks for what row r has and the row before it has not, into the second cache.
 template <int kVecs>
 inline void PrefetchRow(const AttendArgs& args, int r, const float* keys) {
-  const uint32_t *path = args.paths[r], *last = args.paths[r - 1];
-  const int len = args.lens[r], last_len = args.lens[r - 1];
-  for (int j = len; j-- > 0 && (j >= last_len || path[j] != last[j]);) {
+  const uint32_t* path = args.paths[r];
+  for (int j = args.shared[r]; j < args.lens[r]; ++j) {
     const char* node = reinterpret_cast<const char*>(keys + path[j]);
     UNROLL for (size_t i = 0; i < 2 * kVecs * kWidth * sizeof(float); i += 64) {
       __builtin_prefetch(node + i, 0, 2);
@@ -203,18 +297,13 @@ inline void PrefetchRow(const AttendArgs& args, int r, const float* keys) {
 template <int kVecs>
 void AttendHeads(const AttendArgs& args) {
   for (int head = 0; head < args.num_heads; ++head) {
-    const int column = head * args.head_stride;
     const float* keys = args.kv + head * args.head_size;
-    const float* values = keys + args.head_stride;
-    for (int r = 0; r < args.rows; ++r) {
-      if (r + 3 < args.rows) PrefetchRow<kVecs>(args, r + 3, keys);
-      const uint32_t* path = args.paths[r];
-      const int len = args.lens[r];
-      const float* q = args.q + r * args.q_stride + column;
-      const float max = DotKeys<kVecs>(q, args.scale, keys, path, len, args.scores);
-      const float total = ExpScores(args.scores, len, max);
-      WeightedSum<kVecs>(args.scores, 1.0f / total, values, path, len,
-                         args.out + r * args.out_stride + column);
+    for (int r = 0; r < args.rows; r += tt::kScoreRows) {
+      const int end = r + tt::kScoreRows < args.rows ? r + tt::kScoreRows : args.rows;
+      for (int i = end; i < end + tt::kScoreRows && i < args.rows; ++i) {
+        PrefetchRow<kVecs>(args, i, keys);
+      }
+      AttendBlock<kVecs>(args, head, r, end - r);
     }
   }
 }
@@ -228,18 +317,19 @@ void AttendWide(const AttendArgs& args) {
       const int len = args.lens[r];
       const float* q = args.q + r * args.q_stride + head * args.head_stride;
       float* out = args.out + r * args.out_stride + head * args.head_stride;
-      float max = kMasked;
       for (int j = 0; j < tt::RoundUp(len, kWidth); ++j) {
         Vec sum(0.0f);
         for (int i = 0; j < len && i < args.head_stride; i += kWidth) {
           sum = Fma(Vec::Load(q + i), Vec::Load(keys + path[j] + i), sum);
         }
         args.scores[j] = j < len ? Sum(sum) * args.scale : kMasked;
-        max = args.scores[j] > max ? args.scores[j] : max;
       }
-      const float total = ExpScores(args.scores, len, max);
+      const float scale = ExpScores(args.scores, len);
       for (int i = 0; i < args.head_stride; i += kWidth) {
-        WeightedSum<1>(args.scores, 1.0f / total, keys + args.head_stride + i, path, len, out + i);
+        Chains<1> chains;
+        for (auto& sums : chains.sums) sums[0] = Vec(0.0f);
+        const float* values = keys + args.head_stride + i;
+        StoreTotal<1>(AddValues<1>(chains, args.scores, values, path, 0, len), scale, out + i);
       }
     }
   }
@@ -250,6 +340,7 @@ void Attend(const AttendArgs& args) {
   if (vecs == 1) return AttendHeads<1>(args);
   if (vecs == 2) return AttendHeads<2>(args);
   if (vecs == 4) return AttendHeads<4>(args);
+  if (vecs == 8) return AttendHeads<8>(args);
   AttendWide(args);
 }
 

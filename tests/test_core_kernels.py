@@ -96,15 +96,19 @@ def test_layer_norm(isa: str, cols: int) -> None:
 @isas
 @pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 33, 79])
 @pytest.mark.parametrize(("heads", "dim"), [(1, 3), (2, 16), (4, 32), (3, 40), (1, 64), (2, 80)])
-def test_attention(isa: str, length: int, heads: int, dim: int) -> None:
-    q, k, v = normal(0, heads, dim), normal(1, length, heads, dim), normal(2, length, heads, dim)
+@pytest.mark.parametrize("hidden", [0, 1, 20])
+def test_attention(isa: str, length: int, heads: int, dim: int, hidden: int) -> None:
+    """Two neighbours that share ancestors, the second one without the last `hidden` of them."""
+    hidden = min(hidden, length - 1)
+    q, k, v = normal(0, 2, heads, dim), normal(1, length, heads, dim), normal(2, length, heads, dim)
+    mask = torch.ones(2, length, dtype=torch.bool)
+    mask[1, length - hidden :] = False
 
     def attention(dtype: Any) -> Tensor:
-        query, keys, values = q.to(dtype), k.to(dtype), v.to(dtype)
-        weights = (torch.einsum("hd,thd->ht", query, keys) / dim**0.5).softmax(-1)
-        return torch.einsum("ht,thd->hd", weights, values)
+        query, keys, values = (x.to(dtype).transpose(0, 1) for x in (q, k, v))
+        return F.scaled_dot_product_attention(query, keys, values, mask).transpose(0, 1)
 
-    got = _core.attend(q.numpy(), k.numpy(), v.numpy(), isa=isa)
+    got = _core.attend(q.numpy(), k.numpy(), v.numpy(), hidden, isa=isa)
     assert_close(got, attention(torch.float64), attention(torch.float32))
 
 

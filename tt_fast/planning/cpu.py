@@ -210,8 +210,14 @@ class CpuBackend:
         # the core's beams begin with the current observation, the context's last tokens
         past = context[: len(context) - self.model.config.observation_dim]
         beams = np.concatenate([np.tile(past, (len(plan["beams"]), 1)), plan["beams"]], axis=1)
-        keys = ("drawn", "candidate_rewards", "candidate_values", "candidate_scores", "parents")
-        return PlanTrace(*(plan[key] for key in keys), beams)
+        return PlanTrace(
+            plan["drawn"],
+            plan["candidate_rewards"],
+            plan["candidate_values"],
+            plan["candidate_scores"],
+            plan["parents"],
+            beams,
+        )
 
     def _search(self, dtype: str) -> Any:
         """The core's search for a dtype, with the model's weights as they are now."""

@@ -1,0 +1,100 @@
+"""The C++ planner of csrc/. Private: use `tt_fast.planning`."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, final
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+@final
+class Model:
+    """Packed weights."""
+
+    def __init__(
+        self,
+        *,
+        observation_dim: int,
+        action_dim: int,
+        vocab_size: int,
+        num_transitions: int,
+        num_layers: int,
+        num_heads: int,
+        embed_dim: int,
+        goal_len: int,
+        weights: dict[str, NDArray[np.float32]],
+        dtype: str,
+        isa: str,
+    ) -> None: ...
+    @property
+    def isa(self) -> str: ...
+
+@final
+class BeamSearch:
+    """A planner; calls from several threads wait for each other."""
+
+    def __init__(self, model: Model, hidden: NDArray[np.uint8], num_threads: int) -> None: ...
+    def plan(
+        self,
+        contexts: Sequence[NDArray[np.int64]],
+        *,
+        horizon: int,
+        beam_width: int,
+        n_expand: int,
+        discount: float,
+        max_len: int,
+        temperature: float,
+        k_obs: int | None,
+        k_act: int | None,
+        k_rew: int | None,
+        cdf_obs: float | None,
+        cdf_act: float | None,
+        cdf_rew: float | None,
+        percentile: float | None,
+        thresholds: NDArray[np.float64],
+        seeds: Sequence[int],
+        plan_indices: Sequence[int],
+        uniforms: NDArray[np.float64] | None,
+        trace: bool,
+        value_fn: Callable[[NDArray[np.float32]], tuple[ArrayLike, ArrayLike]] | None,
+        deadline_seconds: float | None,
+    ) -> list[dict[str, Any]]: ...
+    def search(
+        self,
+        context: NDArray[np.int64],
+        *,
+        num_tokens: int,
+        beam_width: int,
+        goal: NDArray[np.int64] | None,
+        top_k: int | None,
+        cdf: float | None,
+        temperature: float,
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]: ...
+    def logits(
+        self, context: NDArray[np.int64], goal: NDArray[np.int64] | None
+    ) -> NDArray[np.float32]: ...
+    def stats(self) -> dict[str, Any]: ...
+    def reset_stats(self) -> None: ...
+    @property
+    def num_threads(self) -> int: ...
+
+def isas() -> list[str]: ...
+def gemm(
+    x: NDArray[np.float32],
+    weight: NDArray[np.float32],
+    bias: NDArray[np.float32],
+    dtype: str,
+    isa: str,
+) -> NDArray[np.float32]: ...
+def gelu(x: NDArray[np.float32], isa: str) -> NDArray[np.float32]: ...
+def softmax(x: NDArray[np.float32], isa: str) -> NDArray[np.float32]: ...
+def layer_norm(
+    x: NDArray[np.float32], gamma: NDArray[np.float32], beta: NDArray[np.float32], isa: str
+) -> NDArray[np.float32]: ...
+def attend(
+    q: NDArray[np.float32],
+    k: NDArray[np.float32],
+    v: NDArray[np.float32],
+    hidden: int,
+    isa: str,
+) -> NDArray[np.float32]: ...
+def peak_gflops(dtype: str, num_threads: int, seconds: float, isa: str) -> float: ...
