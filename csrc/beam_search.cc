@@ -375,8 +375,8 @@ std::vector<float> BeamSearch::Logits(const std::vector<int32_t>& context,
 
 // ---- memory ----
 
-// Nodes of one context that are alive at once: those before the first crop, or a whole window of
-// every beam and the next transitions.
+// Nodes of one context at once: what its beams have kept before the first crop, or a whole window of
+// every beam; and the transition that is being sampled.
 TreeLimits BeamSearch::LimitsOf(const PlanSettings& settings, int num_contexts) const {
   const Shape& shape = model_->shape;
   const int64_t rows = settings.num_rows(), beams = settings.beam_width;
@@ -384,7 +384,8 @@ TreeLimits BeamSearch::LimitsOf(const PlanSettings& settings, int num_contexts) 
   const int64_t max_len = settings.max_len;
   const int64_t uncropped =
       std::min<int64_t>(settings.horizon, max_len / shape.transition_dim() + 2);
-  const int64_t nodes = std::max(max_len + uncropped * step, beams * max_len + 2 * step);
+  const int64_t grown = max_len + uncropped * beams * shape.transition_dim();
+  const int64_t nodes = std::max(grown, beams * max_len) + 2 * step;
   const int64_t tokens = max_len + int64_t{settings.horizon} * shape.transition_dim();
   CheckFits(nodes * num_contexts, rows * num_contexts, tokens);
   return {.num_contexts = num_contexts,

@@ -14,7 +14,9 @@ void TokenTree::Reserve(const TreeLimits& limits) {
   limits_ = limits;
   max_path_ = model_.shape.goal_len + limits.max_len;
   const size_t rows = static_cast<size_t>(limits.num_contexts) * limits.max_rows;
-  contexts_.assign(limits.num_contexts, {});
+  contexts_.resize(limits.num_contexts);
+  for (Context& context : contexts_) context.free_nodes.reserve(limits.max_nodes);
+  alive_.resize(limits.max_nodes);
   for (auto* tokens : {&tokens_, &other_tokens_}) tokens->resize(rows * limits.max_tokens);
   for (auto* paths : {&paths_, &other_paths_}) paths->resize(rows * max_path_);
   for (auto* slots : {&slots_, &other_slots_}) slots->resize(rows);
@@ -30,8 +32,12 @@ void TokenTree::Begin(const std::vector<std::vector<int32_t>>& contexts,
   num_rows_ = 1;
   for (int c = 0; c < num_contexts(); ++c) {
     const int start = WindowStart(static_cast<int>(contexts[c].size()));
-    contexts_[c] = Context{};
-    contexts_[c].num_tokens = static_cast<int>(contexts[c].size()) - start;
+    Context& ctx = contexts_[c];
+    ctx.free_nodes.clear();
+    ctx.selected = ctx.cropped = false;
+    ctx.start = -1;
+    ctx.path_len = ctx.num_nodes = 0;
+    ctx.num_tokens = static_cast<int>(contexts[c].size()) - start;
     std::copy(contexts[c].begin() + start, contexts[c].end(), tokens_.begin() + TokenIndex(c, 0));
   }
 }
@@ -53,6 +59,7 @@ void TokenTree::Narrow(int num_rows) { num_rows_ = num_rows; }
 
 void TokenTree::Keep(const int32_t* rows, int num_rows) {
   for (int c = 0; c < num_contexts(); ++c) {
+    contexts_[c].selected = true;
     for (int i = 0; i < num_rows; ++i) {
       const int from = rows[c * num_rows + i];
       std::memcpy(&other_tokens_[TokenIndex(c, i)], tokens(c, from),
@@ -86,9 +93,14 @@ const Pass& TokenTree::MakePass() {
   for (int c = 0; c < num_contexts(); ++c) {
     const int start = WindowStart(contexts_[c].num_tokens);
     contexts_[c].cropped = start != contexts_[c].start;
-    if (!contexts_[c].cropped) continue;
+    if (!contexts_[c].cropped) {
+      if (contexts_[c].selected) FreeDeadNodes(c);
+      continue;
+    }
     contexts_[c].start = start;
     contexts_[c].num_nodes = 0;
+    contexts_[c].free_nodes.clear();
+    contexts_[c].selected = false;
     SortByPrefix(c);
     AddWindowNodes(c);
   }
@@ -198,12 +210,10 @@ void TokenTree::AddWindowLeaves(int context) {
 
 // A new node; unless hidden, it ends its own path at path_idx.
 void TokenTree::AddNode(int context, int row, int window_idx, int path_idx) {
-  Context& ctx = contexts_[context];
-  if (ctx.num_nodes == limits_.max_nodes) throw std::logic_error("tt: too many nodes");
-  const int node = context * limits_.max_nodes + ctx.num_nodes++;
+  const int node = NewNode(context);
   uint32_t* path = PathOf(context, row);
   const bool hidden = hidden_[window_idx];
-  if (!hidden) path[path_idx] = static_cast<uint32_t>(node) * 2 * model_.shape.head_stride();
+  if (!hidden) path[path_idx] = static_cast<uint32_t>(NodeOffset(node));
   const int goal_len = model_.shape.goal_len, position = window_idx - goal_len;
   const int token = WindowToken(context, row, window_idx);
   pass_.embedding_row.push_back(
@@ -214,6 +224,33 @@ void TokenTree::AddNode(int context, int row, int window_idx, int path_idx) {
   pass_.path.push_back(path);
   pass_.path_len.push_back(path_idx + (hidden ? 0 : 1));
   ++pass_.count;
+}
+
+int TokenTree::NewNode(int context) {
+  Context& ctx = contexts_[context];
+  int idx = ctx.num_nodes;
+  if (!ctx.free_nodes.empty()) {
+    idx = ctx.free_nodes.back();
+    ctx.free_nodes.pop_back();
+  } else if (ctx.num_nodes++ == limits_.max_nodes) {
+    throw std::logic_error("tt: too many nodes");
+  }
+  return context * limits_.max_nodes + idx;
+}
+
+void TokenTree::FreeDeadNodes(int context) {
+  Context& ctx = contexts_[context];
+  ctx.selected = false;
+  std::fill_n(alive_.begin(), ctx.num_nodes, 0);
+  const int first = NodeOffset(context * limits_.max_nodes), stride = NodeOffset(1);
+  for (int row = 0; row < num_rows_; ++row) {
+    const uint32_t* path = PathOf(context, row);
+    for (int k = 0; k < ctx.path_len; ++k) alive_[(static_cast<int>(path[k]) - first) / stride] = 1;
+  }
+  ctx.free_nodes.clear();
+  for (int idx = ctx.num_nodes; idx-- > 0;) {
+    if (!alive_[idx]) ctx.free_nodes.push_back(idx);
+  }
 }
 
 void TokenTree::AddLeaf(int context, int row, int window_idx, int path_idx) {

@@ -52,7 +52,8 @@ class TokenTree {
   void Tile(int times);
   // The first rows of each context only.
   void Narrow(int num_rows);
-  // These rows, (num_contexts, num_rows), in this order.
+  // These rows, (num_contexts, num_rows), in this order. Nodes that no row passes through any more
+  // are used again.
   void Keep(const int32_t* rows, int num_rows);
   // A token for every row, (num_contexts, num_rows).
   void Append(const int32_t* tokens);
@@ -85,7 +86,9 @@ class TokenTree {
     int num_tokens = 0;
     int start = -1;   // first token of the window; -1: nothing computed yet
     int path_len = 0;
-    int num_nodes = 0;
+    int num_nodes = 0;  // that were ever used since the last crop
+    std::vector<int32_t> free_nodes;  // of these, the ones on no path, last one taken first
+    bool selected = false;  // rows were dropped since the last pass
     bool cropped = false;  // in the pass that is being made
   };
 
@@ -99,6 +102,9 @@ class TokenTree {
     return paths_.data() + RowIndex(context, row) * max_path_;
   }
   int32_t* KeyOf(int row) { return keys_.data() + static_cast<size_t>(row) * max_path_; }
+  int NodeOffset(int node) const { return node * 2 * model_.shape.head_stride(); }
+  int NewNode(int context);
+  void FreeDeadNodes(int context);
   int WindowStart(int num_tokens) const;
   int WindowToken(int context, int row, int window_idx) const;
 
@@ -123,6 +129,7 @@ class TokenTree {
   std::vector<int32_t> visible_;  // window indices that a query can see, the newest last
   std::vector<int32_t> keys_;     // (max_rows, max_path) tokens there
   std::vector<int32_t> order_;    // (contexts, max_rows) rows by these
+  std::vector<uint8_t> alive_;    // (max_nodes)
   std::vector<std::pair<uint64_t, int32_t>> newest_;  // (prefix, token) and row
   Pass pass_;
 };

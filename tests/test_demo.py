@@ -11,7 +11,7 @@ import pytest
 from synthetic import random_record, small_result
 
 from tt_fast import Checkpoint, demo
-from tt_fast.config import TOKEN_KINDS
+from tt_fast.config import TOKEN_KINDS, PlanConfig
 from tt_fast.demo import load_demo_dataset, run_demo
 from tt_fast.video import RenderError
 
@@ -61,10 +61,10 @@ def test_its_numbers_are_real(run: Run) -> None:
 def test_it_says_what_it_used(run: Run) -> None:
     said = "\n".join(run.said)
     assert "on hopper-demo: 57,615 transitions of Hopper-v4" in said
-    assert "horizon 3, beam 2x2, made by the torch backend" in said
+    assert "horizon 3, beam 2x2, made by the cpu backend" in said
     assert "the original's setting is horizon 15, beam 128x2" in said
     assert "2 of 2 episodes were stopped at 12 steps" in said
-    assert "They are what this short training and small beam earn." in said
+    assert "They are what this short training earns." in said
     page = run.report.read_text(encoding="utf-8")
     assert f"tt-fast demo --output-dir {run.folder} --minutes 6 --seed 3 --smoke" in page
     assert f"tt-fast evaluate {run.folder / 'run'} --horizon 3 --beam-width 2" in page
@@ -123,6 +123,7 @@ def test_the_full_settings_fit_the_minutes() -> None:
     assert settings.train.seed == 5
     # windows hold exactly the context that plans look at
     assert settings.model.num_transitions == settings.plan.max_context_transitions
+    assert settings.plan == PlanConfig()  # the original's setting
 
 
 def test_the_dataset_that_is_shipped_has_whole_episodes() -> None:

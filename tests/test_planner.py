@@ -87,6 +87,31 @@ def test_plan_freq_follows_the_last_plan() -> None:
         planner.observe(0.0)
 
 
+def test_a_plan_that_the_deadline_cut_is_followed_by_a_new_one() -> None:
+    """Its actions are used up before plan_freq steps have passed."""
+    config = PlanConfig(**{**vars(CONFIG), "horizon": 60, "beam_width": 64})
+    planner = make_planner(config, plan_freq=60, deadline_ms=1e-3)
+    lengths = []
+    for step, observation in enumerate(observations(4)):
+        plans_before = planner.num_plans
+        planner.act(observation)
+        planner.observe(0.0)
+        plan = planner.last_plan
+        assert not isinstance(plan, list)
+        assert plan is not None
+        if planner.num_plans > plans_before:
+            lengths.append(step + len(plan.actions))
+        assert 1 <= plan.num_beams < 64
+        assert step < lengths[-1] < 60  # there was an action for this step
+    assert len(lengths) >= 1
+
+
+def test_a_far_deadline_and_threads_change_nothing() -> None:
+    want = play(make_planner(), 4)
+    np.testing.assert_array_equal(play(make_planner(deadline_ms=1e6), 4), want)
+    np.testing.assert_array_equal(play(make_planner(num_threads=3), 4), want)
+
+
 def test_without_prefix_context_only_the_observation_counts() -> None:
     config = PlanConfig(**{**vars(CONFIG), "k_act": 1, "k_obs": 1})
     with_past, alone = make_planner(config), make_planner(config, prefix_context=False)
