@@ -45,13 +45,13 @@ BeamSearch::BeamSearch(std::shared_ptr<const Model> model, std::vector<uint8_t> 
       pool_(num_threads),
       tree_(*model_, hidden),
       decoder_(*model_, pool_) {
-  for (int i = 0; i < num_threads; ++i) samplers_.emplace_back(model_->ops, model_->shape.num_ids());
+  for (int i = 0; i < num_threads; ++i)
+    samplers_.emplace_back(model_->ops, model_->shape.num_ids());
 }
 
 // ---- plans ----
 
-std::vector<PlanResult> BeamSearch::Plan(const PlanSettings& settings,
-                                         const PlanRequest& request) {
+std::vector<PlanResult> BeamSearch::Plan(const PlanSettings& settings, const PlanRequest& request) {
   const auto begin = Clock::now();
   const int num_contexts = static_cast<int>(request.contexts.size());
   const int num_waves = (num_contexts + WaveSize(settings) - 1) / WaveSize(settings);
@@ -62,8 +62,8 @@ std::vector<PlanResult> BeamSearch::Plan(const PlanSettings& settings,
     Wave wave{.settings = settings, .request = request, .first = first, .count = last - first};
     if (request.deadline_seconds) {  // an equal share of the time for every context
       const double until = *request.deadline_seconds * last / num_contexts;
-      wave.deadline = begin + std::chrono::duration_cast<Clock::duration>(
-                                  std::chrono::duration<double>(until));
+      wave.deadline =
+          begin + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(until));
     }
     RunWave(wave);
     std::move(wave.results.begin(), wave.results.end(), std::back_inserter(results));
@@ -122,7 +122,9 @@ bool BeamSearch::SampleTokens(Wave& wave, int step, int count, const Truncation&
       Forward(tree_.num_rows());
     }
     DrawTokens(wave, truncation,
-               !estimate ? Estimate::kNone : i == 0 ? Estimate::kReward : Estimate::kValue);
+               !estimate ? Estimate::kNone
+               : i == 0  ? Estimate::kReward
+                         : Estimate::kValue);
     tree_.Append(drawn_.data());
     fresh_ = false;
     ++wave.token;
@@ -142,9 +144,9 @@ bool BeamSearch::FitsDeadline(Wave& wave, int step, int tokens_left) {
     const int tokens = tree_.is_cropped(0) ? tree_.window_len(0) : 1;
     return cost * tree_.num_rows() * tokens <= left;
   }
-  const int affordable = cost > 0.0 ? static_cast<int>(std::clamp(left / (cost * tokens_left), 1.0,
-                                                                  1e9))
-                                    : tree_.num_rows();
+  const int affordable = cost > 0.0
+                             ? static_cast<int>(std::clamp(left / (cost * tokens_left), 1.0, 1e9))
+                             : tree_.num_rows();
   if (affordable < tree_.num_rows()) {
     tree_.Narrow(affordable);
     for (Beam& beam : wave.beams) beam.returns.resize(affordable);
@@ -271,10 +273,9 @@ void BeamSearch::Select(Wave& wave, int step) {
       const double score = beam.scores[row];
       return std::isnan(score) ? -std::numeric_limits<double>::infinity() : score;
     };
-    std::partial_sort(beam.order.begin(), beam.order.begin() + kept, beam.order.end(),
-                      [&key](int a, int b) {
-                        return key(a) > key(b) || (key(a) == key(b) && a < b);
-                      });
+    std::partial_sort(
+        beam.order.begin(), beam.order.begin() + kept, beam.order.end(),
+        [&key](int a, int b) { return key(a) > key(b) || (key(a) == key(b) && a < b); });
     std::copy_n(beam.order.begin(), kept, parents_.begin() + size_t(c) * kept);
   }
   wave.factor = next_factor;
@@ -375,8 +376,8 @@ std::vector<float> BeamSearch::Logits(const std::vector<int32_t>& context,
 
 // ---- memory ----
 
-// Nodes of one context at once: what its beams have kept before the first crop, or a whole window of
-// every beam; and the transition that is being sampled.
+// Nodes of one context at once: what its beams have kept before the first crop, or a whole window
+// of every beam; and the transition that is being sampled.
 TreeLimits BeamSearch::LimitsOf(const PlanSettings& settings, int num_contexts) const {
   const Shape& shape = model_->shape;
   const int64_t rows = settings.num_rows(), beams = settings.beam_width;
@@ -412,8 +413,7 @@ void BeamSearch::CheckFits(int64_t nodes, int64_t rows, int64_t tokens) const {
   constexpr int64_t kLimit = std::numeric_limits<int32_t>::max();
   if (nodes * 2 * model_->shape.head_stride() <= kLimit && rows * tokens <= kLimit) return;
   throw std::length_error("beam_width: expected a search that fits in memory, got " +
-                          std::to_string(rows) + " rows of " + std::to_string(tokens) +
-                          " tokens");
+                          std::to_string(rows) + " rows of " + std::to_string(tokens) + " tokens");
 }
 
 int BeamSearch::WaveSize(const PlanSettings& settings) const {

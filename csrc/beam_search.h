@@ -113,9 +113,9 @@ class BeamSearch {
   struct Wave {
     const PlanSettings& settings;
     const PlanRequest& request;
-    int first;     // index of the first context
-    int count;     // contexts
-    int token = 0;  // index of the draw within the plan
+    int first;            // index of the first context
+    int count;            // contexts
+    int token = 0;        // index of the draw within the plan
     double factor = 1.0;  // discount^step, a running product: the same on every backend
     std::optional<Clock::time_point> deadline = {};
     std::vector<Beam> beams = {};

@@ -57,16 +57,17 @@ T InRange(const char* name, T value, T low, T high) {
 template <typename T>
 py::array_t<T, py::array::c_style> Require(const std::string& name, const py::handle& object,
                                            const std::vector<py::ssize_t>& shape) {
-  const std::string expected =
-      "a contiguous " + py::str(py::dtype::of<T>()).cast<std::string>() + " array of shape " +
-      py::str(py::tuple(py::cast(shape))).cast<std::string>();
+  const std::string expected = "a contiguous " + py::str(py::dtype::of<T>()).cast<std::string>() +
+                               " array of shape " +
+                               py::str(py::tuple(py::cast(shape))).cast<std::string>();
   if (!py::isinstance<py::array>(object)) {
     Refuse(name, expected, py::str(py::type::of(object)).cast<std::string>());
   }
   const auto array = py::reinterpret_borrow<py::array>(object);
   if (!py::isinstance<py::array_t<T, py::array::c_style>>(array)) {
-    Refuse(name, expected, py::str(array.dtype()).cast<std::string>() + ", strides " +
-                               py::str(array.attr("strides")).cast<std::string>());
+    Refuse(name, expected,
+           py::str(array.dtype()).cast<std::string>() + ", strides " +
+               py::str(array.attr("strides")).cast<std::string>());
   }
   if (!std::equal(shape.begin(), shape.end(), array.shape(), array.shape() + array.ndim())) {
     Refuse(name, expected, "shape " + ShapeText(array));
@@ -91,7 +92,8 @@ std::vector<int32_t> RequireTokens(const std::string& name, const py::handle& ob
   std::vector<int32_t> tokens(array.size());
   for (py::ssize_t i = 0; i < array.size(); ++i) {
     const int64_t token = array.data()[i];
-    if (token < 0 || token > highest) Refuse(name, "ids in [0, " + Text(highest) + "]", Text(token));
+    if (token < 0 || token > highest)
+      Refuse(name, "ids in [0, " + Text(highest) + "]", Text(token));
     tokens[i] = static_cast<int32_t>(token);
   }
   return tokens;
@@ -162,8 +164,7 @@ class PyBeamSearch {
  public:
   PyBeamSearch(std::shared_ptr<const Model> model, const py::array& hidden, int num_threads)
       : shape_(model->shape) {
-    const auto array =
-        Require<uint8_t>("hidden", hidden, {shape_.goal_len + shape_.block_size()});
+    const auto array = Require<uint8_t>("hidden", hidden, {shape_.goal_len + shape_.block_size()});
     if (array.data()[0]) Refuse("hidden", "a first position that can be seen", "1");
     InRange("num_threads", num_threads, 1, 1024);
     search_ = std::make_unique<BeamSearch>(
@@ -180,9 +181,8 @@ class PyBeamSearch {
                 const py::object& uniforms, bool trace, const py::object& value_fn,
                 std::optional<double> deadline_seconds);
 
-  py::tuple Search(const py::array& context, int num_tokens, int beam_width,
-                   const py::object& goal, std::optional<int> top_k, std::optional<double> cdf,
-                   double temperature);
+  py::tuple Search(const py::array& context, int num_tokens, int beam_width, const py::object& goal,
+                   std::optional<int> top_k, std::optional<double> cdf, double temperature);
 
   Floats Logits(const py::array& context, const py::object& goal);
 
@@ -303,8 +303,8 @@ py::dict ToDict(const PlanResult& result, int transition_dim, bool trace) {
   return out;
 }
 
-py::list PyBeamSearch::Plan(const py::sequence& contexts, int horizon, int beam_width,
-                            int n_expand, double discount, int max_len, double temperature,
+py::list PyBeamSearch::Plan(const py::sequence& contexts, int horizon, int beam_width, int n_expand,
+                            double discount, int max_len, double temperature,
                             std::optional<int> k_obs, std::optional<int> k_act,
                             std::optional<int> k_rew, std::optional<double> cdf_obs,
                             std::optional<double> cdf_act, std::optional<double> cdf_rew,
@@ -315,7 +315,8 @@ py::list PyBeamSearch::Plan(const py::sequence& contexts, int horizon, int beam_
                             std::optional<double> deadline_seconds) {
   constexpr int kLimit = 1 << 20;
   const int dim = shape_.transition_dim(), ids = shape_.num_ids();
-  if (shape_.goal_len > 0) Refuse("model", "one without a goal", "goal_len " + Text(shape_.goal_len));
+  if (shape_.goal_len > 0)
+    Refuse("model", "one without a goal", "goal_len " + Text(shape_.goal_len));
   PlanSettings settings;
   settings.horizon = InRange("horizon", horizon, 1, kLimit);
   settings.beam_width = InRange("beam_width", beam_width, 1, kLimit);
@@ -348,7 +349,8 @@ py::list PyBeamSearch::Plan(const py::sequence& contexts, int horizon, int beam_
     request.contexts.push_back(RequireTokens(name, contexts[i], shape_.vocab_size));
     const size_t len = request.contexts.back().size();
     if (len % dim != static_cast<size_t>(shape_.observation_dim)) {
-      Refuse(name, "k * " + Text(dim) + " + " + Text(shape_.observation_dim) + " tokens", Text(len));
+      Refuse(name, "k * " + Text(dim) + " + " + Text(shape_.observation_dim) + " tokens",
+             Text(len));
     }
   }
   const size_t count = request.contexts.size();
@@ -362,9 +364,9 @@ py::list PyBeamSearch::Plan(const py::sequence& contexts, int horizon, int beam_
   if (!uniforms.is_none()) {
     const py::ssize_t num_draws = py::ssize_t{horizon} * (shape_.action_dim + 2) +
                                   py::ssize_t{horizon - 1} * shape_.observation_dim;
-    given = Require<double>("uniforms", uniforms,
-                            {static_cast<py::ssize_t>(count), num_draws,
-                             py::ssize_t{beam_width} * n_expand});
+    given = Require<double>(
+        "uniforms", uniforms,
+        {static_cast<py::ssize_t>(count), num_draws, py::ssize_t{beam_width} * n_expand});
     for (py::ssize_t i = 0; i < given->size(); ++i) {
       const double u = given->data()[i];
       if (!(u >= 0.0 && u < 1.0)) Refuse("uniforms", "numbers in [0, 1)", Text(u));
@@ -375,7 +377,8 @@ py::list PyBeamSearch::Plan(const py::sequence& contexts, int horizon, int beam_
   if (!value_fn.is_none()) request.value_function = WrapValueFunction(value_fn, ids);
   request.interrupt = CheckSignals;
   if (deadline_seconds) {
-    if (!(*deadline_seconds > 0.0)) Refuse("deadline", "a positive number", Text(*deadline_seconds));
+    if (!(*deadline_seconds > 0.0))
+      Refuse("deadline", "a positive number", Text(*deadline_seconds));
     if (trace) Refuse("trace", "False with a deadline", "True");
     request.deadline_seconds = std::min(*deadline_seconds, 1e6);
   }
@@ -506,7 +509,8 @@ Floats RunSoftmax(const Floats& x, const std::string& isa) {
   const int rows = Rows(x), padded = RoundUp(Cols(x), kPad);
   const AlignedBuffer<float> in = PadRows(x, padded);
   AlignedBuffer<float> out(in.size());
-  for (int r = 0; r < rows; ++r) ops.softmax(in.data() + r * padded, Cols(x), out.data() + r * padded);
+  for (int r = 0; r < rows; ++r)
+    ops.softmax(in.data() + r * padded, Cols(x), out.data() + r * padded);
   return CutRows(out, rows, Cols(x), padded);
 }
 
@@ -537,7 +541,8 @@ Floats RunAttend(const Floats& q, const Floats& k, const Floats& v, int hidden,
   const int heads = static_cast<int>(InRange<py::ssize_t>("heads", q.shape(1), 1, 1 << 10));
   const int dim = static_cast<int>(InRange<py::ssize_t>("head_dim", q.shape(2), 1, 1 << 10));
   const int stride = RoundUp(dim, kHeadPad);
-  if (k.ndim() != 3 || v.ndim() != 3 || k.shape(0) < 1) Refuse("k, v", "3 dimensions", ShapeText(k));
+  if (k.ndim() != 3 || v.ndim() != 3 || k.shape(0) < 1)
+    Refuse("k, v", "3 dimensions", ShapeText(k));
   const int len = static_cast<int>(InRange<py::ssize_t>("len", k.shape(0), 1, 1 << 20));
   for (const Floats* x : {&k, &v}) {
     if (x->shape(0) != len || x->shape(1) != heads || x->shape(2) != dim) {
@@ -563,7 +568,8 @@ Floats RunAttend(const Floats& q, const Floats& k, const Floats& v, int hidden,
   AlignedBuffer<float> query, out(2 * width);
   query.ReserveZeroed(2 * width);
   for (int r = 0; r < 2; ++r) {
-    for (int h = 0; h < heads; ++h) std::copy_n(q.data(r, h, 0), dim, &query[r * width + h * stride]);
+    for (int h = 0; h < heads; ++h)
+      std::copy_n(q.data(r, h, 0), dim, &query[r * width + h * stride]);
   }
   const uint32_t* paths[] = {path.data(), path.data()};
   const int32_t lens[] = {len, len - hidden}, shared[] = {0, len - hidden};
@@ -625,9 +631,9 @@ PYBIND11_MODULE(_core, m) {
   // plain classes, nothing to inherit from: an ordinary metaclass serves
   const py::metaclass type(reinterpret_cast<PyObject*>(&PyType_Type));
   py::class_<Model, std::shared_ptr<Model>>(m, "Model", type, py::is_final())
-      .def(py::init(&MakeModel), py::kw_only(), "observation_dim"_a, "action_dim"_a,
-           "vocab_size"_a, "num_transitions"_a, "num_layers"_a, "num_heads"_a, "embed_dim"_a,
-           "goal_len"_a, "weights"_a, "dtype"_a, "isa"_a)
+      .def(py::init(&MakeModel), py::kw_only(), "observation_dim"_a, "action_dim"_a, "vocab_size"_a,
+           "num_transitions"_a, "num_layers"_a, "num_heads"_a, "embed_dim"_a, "goal_len"_a,
+           "weights"_a, "dtype"_a, "isa"_a)
       .def_property_readonly("isa", [](const Model& model) { return model.ops.name; });
   py::class_<PyBeamSearch>(m, "BeamSearch", type, py::is_final())
       .def(py::init<std::shared_ptr<const Model>, const py::array&, int>(), "model"_a, "hidden"_a,
@@ -635,8 +641,7 @@ PYBIND11_MODULE(_core, m) {
       .def("plan", &PyBeamSearch::Plan, "contexts"_a, py::kw_only(), "horizon"_a, "beam_width"_a,
            "n_expand"_a, "discount"_a, "max_len"_a, "temperature"_a, "k_obs"_a, "k_act"_a,
            "k_rew"_a, "cdf_obs"_a, "cdf_act"_a, "cdf_rew"_a, "percentile"_a, "thresholds"_a,
-           "seeds"_a, "plan_indices"_a, "uniforms"_a, "trace"_a, "value_fn"_a,
-           "deadline_seconds"_a)
+           "seeds"_a, "plan_indices"_a, "uniforms"_a, "trace"_a, "value_fn"_a, "deadline_seconds"_a)
       .def("search", &PyBeamSearch::Search, "context"_a, py::kw_only(), "num_tokens"_a,
            "beam_width"_a, "goal"_a, "top_k"_a, "cdf"_a, "temperature"_a)
       .def("logits", &PyBeamSearch::Logits, "context"_a, "goal"_a)

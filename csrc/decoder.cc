@@ -43,7 +43,8 @@ void Decoder::Reserve(int max_nodes, int max_path) {
   for (auto& layer : kv_) {
     layer.Reserve(max_nodes_ * shape.num_heads * 2 * shape.head_stride());
   }
-  for (Scratch& scratch : scratch_) scratch.scores.ReserveZeroed(size_t{kScoreRows} * RoundUp(max_path, kPad));
+  for (Scratch& scratch : scratch_)
+    scratch.scores.ReserveZeroed(size_t{kScoreRows} * RoundUp(max_path, kPad));
 }
 
 void Decoder::Forward(const Pass& pass) {
@@ -62,8 +63,8 @@ template <typename F>
 void Decoder::ForRows(int begin, int end, F&& f) {
   const int rows = end - begin, threads = pool_.num_threads();
   const int full = threads * ((rows + threads * kMaxRows - 1) / (threads * kMaxRows));
-  const int num_chunks = std::max((rows + kMaxRows - 1) / kMaxRows,
-                                  std::min(full, (rows + kMinRows - 1) / kMinRows));
+  const int num_chunks =
+      std::max((rows + kMaxRows - 1) / kMaxRows, std::min(full, (rows + kMinRows - 1) / kMinRows));
   pool_.Run(num_chunks, [&](int chunk, int thread) {
     const auto split = [&](int i) {
       return begin + static_cast<int>(static_cast<int64_t>(rows) * i / num_chunks);
@@ -165,22 +166,21 @@ void Decoder::AttentionOutput(int layer, int begin, int end, Scratch& scratch) {
   const Shape& shape = model_.shape;
   const int attn = shape.attn_width(), stride = shape.head_stride();
   const auto start = Clock::now();
-  model_.ops.attend(
-      {.rows = end - begin,
-       .q = pass_->chained ? RowOf(q_, begin, attn) : scratch.kvq.data() + 2 * attn,
-       .q_stride = static_cast<size_t>(pass_->chained ? attn : 3 * attn),
-       .kv = kv_[layer].data(),
-       .head_size = max_nodes_ * 2 * stride,
-       .paths = pass_->path.data() + begin,
-       .lens = pass_->path_len.data() + begin,
-       .shared = shared_.data() + begin,
-       .num_heads = shape.num_heads,
-       .head_stride = stride,
-       .scale = 1.0f / std::sqrt(static_cast<float>(shape.head_dim())),
-       .scores = scratch.scores.data(),
-       .scores_size = scratch.scores.size() / kScoreRows,
-       .out = scratch.attended.data(),
-       .out_stride = static_cast<size_t>(attn)});
+  model_.ops.attend({.rows = end - begin,
+                     .q = pass_->chained ? RowOf(q_, begin, attn) : scratch.kvq.data() + 2 * attn,
+                     .q_stride = static_cast<size_t>(pass_->chained ? attn : 3 * attn),
+                     .kv = kv_[layer].data(),
+                     .head_size = max_nodes_ * 2 * stride,
+                     .paths = pass_->path.data() + begin,
+                     .lens = pass_->path_len.data() + begin,
+                     .shared = shared_.data() + begin,
+                     .num_heads = shape.num_heads,
+                     .head_stride = stride,
+                     .scale = 1.0f / std::sqrt(static_cast<float>(shape.head_dim())),
+                     .scores = scratch.scores.data(),
+                     .scores_size = scratch.scores.size() / kScoreRows,
+                     .out = scratch.attended.data(),
+                     .out_stride = static_cast<size_t>(attn)});
   scratch.attention_seconds += SecondsSince(start);
   Gemm(model_.layers[layer].proj, shape.width(), scratch.attended.data(), attn, end - begin,
        RowOf(h_, begin, shape.width()), shape.width(), true, scratch);
@@ -192,8 +192,8 @@ void Decoder::Mlp(int layer, int begin, int end, Scratch& scratch) {
   const int width = model_.shape.width(), hidden = model_.shape.hidden_width();
   const int rows = end - begin;
   Normalise(weights.ln2_gamma, weights.ln2_beta, begin, end, scratch);
-  Gemm(weights.up, hidden, scratch.normed.data(), width, rows, scratch.hidden.data(), hidden,
-       false, scratch);
+  Gemm(weights.up, hidden, scratch.normed.data(), width, rows, scratch.hidden.data(), hidden, false,
+       scratch);
   model_.ops.gelu(scratch.hidden.data(), static_cast<size_t>(rows) * hidden);
   Gemm(weights.down, width, scratch.hidden.data(), hidden, rows, RowOf(h_, begin, width), width,
        true, scratch);

@@ -112,9 +112,8 @@ class Packer {
 
 void CheckSize(const char* name, int64_t value, int64_t low, int64_t high) {
   if (value >= low && value <= high) return;
-  throw std::invalid_argument(std::string(name) + ": expected a number in [" +
-                              std::to_string(low) + ", " + std::to_string(high) + "], got " +
-                              std::to_string(value));
+  throw std::invalid_argument(std::string(name) + ": expected a number in [" + std::to_string(low) +
+                              ", " + std::to_string(high) + "], got " + std::to_string(value));
 }
 
 }  // namespace

@@ -82,8 +82,8 @@ struct Model {
   Shape shape;
   const Ops& ops;
   bool bf16;
-  AlignedBuffer<float> embedding;     // (vocab_size * transition_dim + 1 [+ goal rows], width)
-  AlignedBuffer<float> position;      // (block_size, width)
+  AlignedBuffer<float> embedding;  // (vocab_size * transition_dim + 1 [+ goal rows], width)
+  AlignedBuffer<float> position;   // (block_size, width)
   AlignedBuffer<float> lnf_gamma, lnf_beta;
   std::vector<Layer> layers;
   std::vector<PackedMatrix> heads;  // one a dimension, (width, logits_width)

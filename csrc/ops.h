@@ -47,11 +47,11 @@ struct AttendArgs {
   const int32_t* lens;           // (rows), at least 1
   const int32_t* shared;         // (rows) how much of its path a row shares with the row before it
   int num_heads;
-  int head_stride;  // multiple of kHeadPad
-  float scale;    // 1 / sqrt(head_dim)
-  float* scores;  // scratch (kScoreRows, scores_size)
+  int head_stride;     // multiple of kHeadPad
+  float scale;         // 1 / sqrt(head_dim)
+  float* scores;       // scratch (kScoreRows, scores_size)
   size_t scores_size;  // at least RoundUp(longest len, kPad)
-  float* out;     // (rows, out_stride)
+  float* out;          // (rows, out_stride)
   size_t out_stride;
 };
 

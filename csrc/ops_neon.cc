@@ -43,8 +43,8 @@ inline Vec ScaleByPowerOf2(Vec a, Vec n) {
   const uint32x4_t normal = vcgeq_f32(n.v, vdupq_n_f32(-126.0f));
   const int32x4_t exponent = vaddq_s32(vcvtq_s32_f32(n.v), vdupq_n_s32(127));
   const float32x4_t power = vreinterpretq_f32_s32(vshlq_n_s32(exponent, 23));
-  return Vec(vreinterpretq_f32_u32(
-      vandq_u32(normal, vreinterpretq_u32_f32(vmulq_f32(a.v, power)))));
+  return Vec(
+      vreinterpretq_f32_u32(vandq_u32(normal, vreinterpretq_u32_f32(vmulq_f32(a.v, power)))));
 }
 
 // Lane i is the sum of p[i].

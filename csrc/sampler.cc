@@ -52,7 +52,8 @@ void Sampler::Truncate(const Truncation& truncation) {
 }
 
 // With i the last index of the ascending probabilities whose cumulative sum (accumulated in double,
-// compared in float, as torch does) is below cdf, or 0, every token not likelier than that one goes.
+// compared in float, as torch does) is below cdf, or 0, every token not likelier than that one
+// goes.
 void Sampler::FilterCdf(float cdf) {
   const float* probs = RawProbs();
   // bits of floats that are not negative are in the order of their values

@@ -12,8 +12,8 @@ namespace tt {
 
 // How one kind of token is drawn: first cdf, then top_k, each if set.
 struct Truncation {
-  int top_k = 0;       // tokens kept; 0 keeps all
-  float cdf = -1.0f;   // mass removed from the bottom; negative removes none
+  int top_k = 0;      // tokens kept; 0 keeps all
+  float cdf = -1.0f;  // mass removed from the bottom; negative removes none
 };
 
 // One distribution at a time; a thread has its own.

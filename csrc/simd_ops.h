@@ -4,7 +4,8 @@
 // No include guard and nothing but anonymous namespaces: each instruction set has its own copy.
 #include "ops.h"
 
-// Before a loop of constant length: arrays of vectors become registers only if it is unrolled early.
+// Before a loop of constant length: arrays of vectors become registers only if it is unrolled
+// early.
 #define UNROLL _Pragma("GCC unroll 32")
 
 namespace {
@@ -273,9 +274,9 @@ inline void AttendBlock(const AttendArgs& args, int head, int r, int num_rows) {
     Chains<kVecs> chains[2];
     AddSharedValues<kVecs>(scores(i), args.scores_size, values, paths[i], ends[i], chains);
     for (int row = i; row < i + 2 && row < num_rows; ++row) {
-      StoreTotal<kVecs>(AddValues<kVecs>(chains[row - i], scores(row), values, paths[row], ends[i],
-                                         lens[row]),
-                        scales[row], out + row * args.out_stride);
+      StoreTotal<kVecs>(
+          AddValues<kVecs>(chains[row - i], scores(row), values, paths[row], ends[i], lens[row]),
+          scales[row], out + row * args.out_stride);
     }
   }
 }

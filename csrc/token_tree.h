@@ -33,10 +33,10 @@ struct Pass {
 
 struct TreeLimits {
   int num_contexts = 1;
-  int max_rows = 1;     // a context
-  int max_len = 1;      // most tokens of a window, a goal's not counted
-  int max_tokens = 1;   // most tokens of a sequence
-  int max_nodes = 1;    // a context, between two crops
+  int max_rows = 1;    // a context
+  int max_len = 1;     // most tokens of a window, a goal's not counted
+  int max_tokens = 1;  // most tokens of a sequence
+  int max_nodes = 1;   // a context, between two crops
 };
 
 class TokenTree {
@@ -84,12 +84,12 @@ class TokenTree {
  private:
   struct Context {
     int num_tokens = 0;
-    int start = -1;   // first token of the window; -1: nothing computed yet
+    int start = -1;  // first token of the window; -1: nothing computed yet
     int path_len = 0;
-    int num_nodes = 0;  // that were ever used since the last crop
+    int num_nodes = 0;                // that were ever used since the last crop
     std::vector<int32_t> free_nodes;  // of these, the ones on no path, last one taken first
-    bool selected = false;  // rows were dropped since the last pass
-    bool cropped = false;  // in the pass that is being made
+    bool selected = false;            // rows were dropped since the last pass
+    bool cropped = false;             // in the pass that is being made
   };
 
   size_t RowIndex(int context, int row) const {

@@ -220,9 +220,7 @@ class Planner:
             for clock, tokens in zip(clocks, now, strict=True)
         ]
         draws = Draws(tuple(c.seed for c in clocks), tuple(c.plan_index for c in clocks))
-        plans = self._backend.plan(
-            contexts, self.plan_config, draws, deadline_ms=self.deadline_ms
-        )
+        plans = self._backend.plan(contexts, self.plan_config, draws, deadline_ms=self.deadline_ms)
         for i, clock in enumerate(clocks):
             tokens, num_beams = plans.tokens_of(i), plans.num_beams_of(i, self.plan_config)
             score = float(plans.scores[i])
