@@ -189,7 +189,7 @@ void BeamSearch::DrawTokens(Wave& wave, const Truncation& truncation, Estimate e
       beam.values.resize(tree_.num_rows());
     }
     if (wave.request.value_function) {
-      probs_.resize(size_t{2} * tree_.total_rows() * model_->shape.num_ids());
+      probs_.resize(ProbsOf(wave, wave.count, 0, 0));
     }
   }
   const int num_slots = tree_.num_slots();
@@ -217,7 +217,8 @@ void BeamSearch::DrawSlot(Wave& wave, int slot, const Truncation& truncation, Es
   sampler.Load(decoder_.logits(slot), wave.settings.temperature);
   if (estimate != Estimate::kNone && wave.request.value_function) {
     for (const int32_t* row = begin; row != end; ++row) {
-      std::copy_n(sampler.RawProbs(), num_ids, &probs_[(2 * *row + !is_reward) * size_t(num_ids)]);
+      const size_t begin = ProbsOf(wave, *row / num_rows, *row % num_rows, !is_reward);
+      std::copy_n(sampler.RawProbs(), num_ids, &probs_[begin]);
     }
   } else if (estimate != Estimate::kNone) {
     const Estimator& estimator =
@@ -246,12 +247,18 @@ double BeamSearch::Uniform(const Wave& wave, int context, int row) const {
   return request.uniforms[(i * num_draws + wave.token) * wave.settings.num_rows() + row];
 }
 
+// Index into probs_, which is (num_contexts, settings.num_rows, 2, num_ids) however many rows are
+// left.
+size_t BeamSearch::ProbsOf(const Wave& wave, int context, int row, int which) const {
+  const size_t rows = size_t(context) * wave.settings.num_rows() + row;
+  return (2 * rows + which) * model_->shape.num_ids();
+}
+
 void BeamSearch::CallValueFunction(Wave& wave) {
-  const size_t size = size_t{2} * tree_.num_rows() * model_->shape.num_ids();
   for (int c = 0; c < wave.count; ++c) {
     Beam& beam = wave.beams[c];
-    wave.request.value_function(&probs_[c * size], tree_.num_rows(), beam.rewards.data(),
-                                beam.values.data());
+    wave.request.value_function(&probs_[ProbsOf(wave, c, 0, 0)], tree_.num_rows(),
+                                beam.rewards.data(), beam.values.data());
   }
 }
 

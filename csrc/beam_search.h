@@ -130,6 +130,7 @@ class BeamSearch {
   void DrawSlot(Wave& wave, int slot, const Truncation& truncation, Estimate estimate,
                 Sampler& sampler);
   double Uniform(const Wave& wave, int context, int row) const;
+  size_t ProbsOf(const Wave& wave, int context, int row, int which) const;
   void CallValueFunction(Wave& wave);
   void Select(Wave& wave, int step);
   void KeepBest(Wave& wave, int context, int step, int kept);

@@ -71,14 +71,16 @@ void LayerNorm(const float* x, const float* gamma, const float* beta, int width,
   Vec sum(0.0f);
   for (int i = 0; i < padded; i += kWidth) sum = sum + Vec::Load(x + i);
   const float mean = Sum(sum) / static_cast<float>(width);
+  // the padding is not `mean` away from the mean
+  const int whole = width / kWidth * kWidth;
   Vec squares(0.0f);
-  for (int i = 0; i < padded; i += kWidth) {
+  for (int i = 0; i < whole; i += kWidth) {
     const Vec d = Vec::Load(x + i) - Vec(mean);
     squares = Fma(d, d, squares);
   }
-  // each padding element added mean^2
-  const float total = Sum(squares) - static_cast<float>(padded - width) * mean * mean;
-  const float variance = (total > 0.0f ? total : 0.0f) / static_cast<float>(width);
+  float total = Sum(squares);
+  for (int i = whole; i < width; ++i) total += (x[i] - mean) * (x[i] - mean);
+  const float variance = total / static_cast<float>(width);
   const Vec scale(1.0f / __builtin_sqrtf(variance + 1e-5f));
   for (int i = 0; i < padded; i += kWidth) {
     const Vec normed = (Vec::Load(x + i) - Vec(mean)) * scale;
