@@ -1,5 +1,7 @@
 #include "beam_search.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -18,6 +20,10 @@ constexpr double kWaveBytes = 128e6;
 constexpr double kDeadlineMargin = 1.25;
 
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+
+double PhysicalBytes() {
+  return static_cast<double>(sysconf(_SC_PHYS_PAGES)) * static_cast<double>(sysconf(_SC_PAGESIZE));
+}
 
 // (rows, ...) -> (times * rows, ...), in blocks.
 template <typename T>
@@ -429,7 +435,20 @@ int BeamSearch::WaveSize(const PlanSettings& settings) const {
   return std::max(1, static_cast<int>(kWaveBytes / node_bytes / LimitsOf(settings, 1).max_nodes));
 }
 
+// Refuses what the machine cannot hold, before the system takes it at its word.
 void BeamSearch::Reserve(const TreeLimits& limits) {
+  const Shape& shape = model_->shape;
+  const double node_floats = 2.0 * shape.num_layers * shape.num_heads * shape.head_stride();
+  const double nodes = double(limits.num_contexts) * limits.max_nodes;
+  const double rows = double(limits.num_contexts) * limits.max_rows;
+  // tokens and paths are held twice
+  const double bytes =
+      4.0 * (nodes * node_floats + 2.0 * rows * (limits.max_tokens + double(limits.max_len)));
+  if (bytes > PhysicalBytes()) {
+    throw std::length_error("beam_width: expected a search that fits in memory, got " +
+                            std::to_string(limits.max_rows) + " rows, which may need " +
+                            std::to_string(std::llround(bytes / 1e9)) + " GB");
+  }
   tree_.Reserve(limits);
   decoder_.Reserve(tree_.max_total_nodes(), model_->shape.goal_len + limits.max_len);
   fresh_ = false;

@@ -172,6 +172,7 @@ class PyBeamSearch {
         num_threads);
   }
 
+  // One argument a setting: Python's keywords are the interface, and its errors name them.
   py::list Plan(const py::sequence& contexts, int horizon, int beam_width, int n_expand,
                 double discount, int max_len, double temperature, std::optional<int> k_obs,
                 std::optional<int> k_act, std::optional<int> k_rew, std::optional<double> cdf_obs,
@@ -232,6 +233,13 @@ class PyBeamSearch {
     std::unique_ptr<py::gil_scoped_release> no_gil_;
   };
 
+  PlanSettings ReadSizes(int horizon, int beam_width, int n_expand, int max_len) const;
+  void ReadEstimators(const py::array& thresholds, std::optional<double> percentile,
+                      PlanSettings& settings) const;
+  std::vector<std::vector<int32_t>> ReadContexts(const py::sequence& contexts) const;
+  std::optional<Doubles> ReadUniforms(const py::object& uniforms, size_t num_contexts,
+                                      const PlanSettings& settings) const;
+  py::list RunPlan(const PlanSettings& settings, const PlanRequest& request);
   std::vector<int32_t> RequireContext(const py::array& context) const;
   std::vector<int32_t> RequireGoal(const py::object& goal) const;
 
@@ -313,46 +321,20 @@ py::list PyBeamSearch::Plan(const py::sequence& contexts, int horizon, int beam_
                             const std::vector<uint32_t>& plan_indices, const py::object& uniforms,
                             bool trace, const py::object& value_fn,
                             std::optional<double> deadline_seconds) {
-  constexpr int kLimit = 1 << 20;
-  const int dim = shape_.transition_dim(), ids = shape_.num_ids();
-  if (shape_.goal_len > 0)
+  if (shape_.goal_len > 0) {
     Refuse("model", "one without a goal", "goal_len " + Text(shape_.goal_len));
-  PlanSettings settings;
-  settings.horizon = InRange("horizon", horizon, 1, kLimit);
-  settings.beam_width = InRange("beam_width", beam_width, 1, kLimit);
-  settings.n_expand = InRange("n_expand", n_expand, 1, kLimit);
-  InRange("beam_width * n_expand", int64_t{beam_width} * n_expand, int64_t{1}, int64_t{kLimit});
-  settings.discount = InRange("discount", discount, 0.0, 1.0);
-  // one token less than whole transitions: what else would be cropped, the original never sees
-  settings.max_len = InRange("max_len", max_len, dim - 1, shape_.block_size());
-  if ((max_len + 1) % dim != 0) Refuse("max_len", "k * " + Text(dim) + " - 1", Text(max_len));
-  if (horizon > 1 && max_len < 2 * dim - 1) {
-    Refuse("max_len", "at least 2 transitions for a horizon > 1", Text(max_len));
   }
+  const int ids = shape_.num_ids();
+  PlanSettings settings = ReadSizes(horizon, beam_width, n_expand, max_len);
+  settings.discount = InRange("discount", discount, 0.0, 1.0);
   settings.temperature = RequireTemperature(temperature);
   settings.observation = MakeTruncation("obs", k_obs, cdf_obs, ids);
   settings.action = MakeTruncation("act", k_act, cdf_act, ids);
   settings.reward = MakeTruncation("rew", k_rew, cdf_rew, ids);
-  const auto edges = Require<double>("thresholds", thresholds, {2, ids});
-  RequireFinite("thresholds", edges.data(), edges.size());
-  settings.reward_estimator.thresholds.assign(edges.data(), edges.data() + ids);
-  settings.value_estimator.thresholds.assign(edges.data() + ids, edges.data() + 2 * ids);
-  if (percentile) {
-    settings.reward_estimator.percentile = settings.value_estimator.percentile =
-        InRange("percentile", *percentile, 0.0, 1.0);
-  }
+  ReadEstimators(thresholds, percentile, settings);
 
   PlanRequest request;
-  if (py::len(contexts) == 0) Refuse("contexts", "at least one", "none");
-  for (size_t i = 0; i < py::len(contexts); ++i) {
-    const std::string name = "contexts[" + Text(i) + "]";
-    request.contexts.push_back(RequireTokens(name, contexts[i], shape_.vocab_size));
-    const size_t len = request.contexts.back().size();
-    if (len % dim != static_cast<size_t>(shape_.observation_dim)) {
-      Refuse(name, "k * " + Text(dim) + " + " + Text(shape_.observation_dim) + " tokens",
-             Text(len));
-    }
-  }
+  request.contexts = ReadContexts(contexts);
   const size_t count = request.contexts.size();
   if (seeds.size() != count) Refuse("seeds", Text(count) + " numbers", Text(seeds.size()));
   if (plan_indices.size() != count) {
@@ -360,36 +342,91 @@ py::list PyBeamSearch::Plan(const py::sequence& contexts, int horizon, int beam_
   }
   request.seeds = seeds;
   request.plan_indices = plan_indices;
-  std::optional<Doubles> given;
-  if (!uniforms.is_none()) {
-    const py::ssize_t num_draws = py::ssize_t{horizon} * (shape_.action_dim + 2) +
-                                  py::ssize_t{horizon - 1} * shape_.observation_dim;
-    given = Require<double>(
-        "uniforms", uniforms,
-        {static_cast<py::ssize_t>(count), num_draws, py::ssize_t{beam_width} * n_expand});
-    for (py::ssize_t i = 0; i < given->size(); ++i) {
-      const double u = given->data()[i];
-      if (!(u >= 0.0 && u < 1.0)) Refuse("uniforms", "numbers in [0, 1)", Text(u));
-    }
-    request.uniforms = given->data();
-  }
+  const std::optional<Doubles> given = ReadUniforms(uniforms, count, settings);
+  if (given) request.uniforms = given->data();
   request.trace = trace;
   if (!value_fn.is_none()) request.value_function = WrapValueFunction(value_fn, ids);
   request.interrupt = CheckSignals;
   if (deadline_seconds) {
-    if (!(*deadline_seconds > 0.0))
+    if (!(*deadline_seconds > 0.0)) {
       Refuse("deadline", "a positive number", Text(*deadline_seconds));
+    }
     if (trace) Refuse("trace", "False with a deadline", "True");
     request.deadline_seconds = std::min(*deadline_seconds, 1e6);
   }
+  return RunPlan(settings, request);
+}
 
+PlanSettings PyBeamSearch::ReadSizes(int horizon, int beam_width, int n_expand, int max_len) const {
+  constexpr int kLimit = 1 << 20;
+  const int dim = shape_.transition_dim();
+  PlanSettings settings;
+  settings.horizon = InRange("horizon", horizon, 1, kLimit);
+  settings.beam_width = InRange("beam_width", beam_width, 1, kLimit);
+  settings.n_expand = InRange("n_expand", n_expand, 1, kLimit);
+  InRange("beam_width * n_expand", int64_t{beam_width} * n_expand, int64_t{1}, int64_t{kLimit});
+  // one token less than whole transitions: what else would be cropped, the original never sees
+  settings.max_len = InRange("max_len", max_len, dim - 1, shape_.block_size());
+  if ((max_len + 1) % dim != 0) Refuse("max_len", "k * " + Text(dim) + " - 1", Text(max_len));
+  if (horizon > 1 && max_len < 2 * dim - 1) {
+    Refuse("max_len", "at least 2 transitions for a horizon > 1", Text(max_len));
+  }
+  return settings;
+}
+
+// thresholds (2, num_ids): of reward and value.
+void PyBeamSearch::ReadEstimators(const py::array& thresholds, std::optional<double> percentile,
+                                  PlanSettings& settings) const {
+  const int ids = shape_.num_ids();
+  const auto edges = Require<double>("thresholds", thresholds, {2, ids});
+  RequireFinite("thresholds", edges.data(), edges.size());
+  settings.reward_estimator.thresholds.assign(edges.data(), edges.data() + ids);
+  settings.value_estimator.thresholds.assign(edges.data() + ids, edges.data() + 2 * ids);
+  if (!percentile) return;
+  settings.reward_estimator.percentile = settings.value_estimator.percentile =
+      InRange("percentile", *percentile, 0.0, 1.0);
+}
+
+std::vector<std::vector<int32_t>> PyBeamSearch::ReadContexts(const py::sequence& contexts) const {
+  const int dim = shape_.transition_dim(), rest = shape_.observation_dim;
+  if (py::len(contexts) == 0) Refuse("contexts", "at least one", "none");
+  std::vector<std::vector<int32_t>> read;
+  for (size_t i = 0; i < py::len(contexts); ++i) {
+    const std::string name = "contexts[" + Text(i) + "]";
+    read.push_back(RequireTokens(name, contexts[i], shape_.vocab_size));
+    if (read.back().size() % dim != static_cast<size_t>(rest)) {
+      Refuse(name, "k * " + Text(dim) + " + " + Text(rest) + " tokens", Text(read.back().size()));
+    }
+  }
+  return read;
+}
+
+// (num_contexts, num_draws, num_rows), or None.
+std::optional<Doubles> PyBeamSearch::ReadUniforms(const py::object& uniforms, size_t num_contexts,
+                                                  const PlanSettings& settings) const {
+  if (uniforms.is_none()) return std::nullopt;
+  const py::ssize_t num_draws = py::ssize_t{settings.horizon} * (shape_.action_dim + 2) +
+                                py::ssize_t{settings.horizon - 1} * shape_.observation_dim;
+  const auto given =
+      Require<double>("uniforms", uniforms,
+                      {static_cast<py::ssize_t>(num_contexts), num_draws, settings.num_rows()});
+  for (py::ssize_t i = 0; i < given.size(); ++i) {
+    const double u = given.data()[i];
+    if (!(u >= 0.0 && u < 1.0)) Refuse("uniforms", "numbers in [0, 1)", Text(u));
+  }
+  return given;
+}
+
+py::list PyBeamSearch::RunPlan(const PlanSettings& settings, const PlanRequest& request) {
   std::vector<PlanResult> results;
   {
     const Turn turn(*this);
     results = search_->Plan(settings, request);
   }
   py::list out;
-  for (const PlanResult& result : results) out.append(ToDict(result, dim, trace));
+  for (const PlanResult& result : results) {
+    out.append(ToDict(result, shape_.transition_dim(), request.trace));
+  }
   return out;
 }
 
