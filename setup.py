@@ -6,6 +6,7 @@ Without a compiler the package installs all the same, and plans with PyTorch.
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,11 +23,13 @@ class CMakeBuild(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         out = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        build = Path(self.build_temp).resolve() / "cmake"
-        configure = [
-            "cmake", "-S", ROOT, "-B", build, f"-DPython_EXECUTABLE={sys.executable}",
-            f"-Dpybind11_DIR={_pybind11_dir()}", "-DCMAKE_BUILD_TYPE=Release",
+        build = Path(self.build_temp).resolve() / "ninja"
+        configure: list[str | Path] = [
+            "cmake", "-S", ROOT, "-B", build, "-DCMAKE_BUILD_TYPE=Release",
+            f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={_pybind11_dir()}",
         ]  # fmt: skip
+        if ninja := shutil.which("ninja"):  # a build requirement: no need for make
+            configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         self._run(configure)
         self._run(["cmake", "--build", build, "--parallel", str(os.cpu_count() or 1)])
         self._run(["cmake", "--install", build, "--prefix", out])
@@ -40,8 +43,10 @@ class CMakeBuild(build_ext):
 
 
 def _pybind11_dir() -> str:
-    import pybind11
-
+    try:
+        import pybind11
+    except ImportError as error:
+        raise CompileError(f"the C++ planner was not built: {error}") from error
     return pybind11.get_cmake_dir()
 
 

@@ -124,7 +124,7 @@ bool BeamSearch::SampleTokens(Wave& wave, int step, int count, const Truncation&
   for (int i = 0; i < count; ++i) {
     const auto begin = Clock::now();
     if (!fresh_) {
-      if (wave.deadline && !FitsDeadline(wave, step, count - i)) return false;
+      if (wave.deadline && !FitsDeadline(wave, step)) return false;
       Forward(tree_.num_rows());
     }
     DrawTokens(wave, truncation,
@@ -143,13 +143,14 @@ bool BeamSearch::SampleTokens(Wave& wave, int step, int count, const Truncation&
 
 // Whether the next pass ends in time. The first step is made in any case, with fewer candidates if
 // need be.
-bool BeamSearch::FitsDeadline(Wave& wave, int step, int tokens_left) {
+bool BeamSearch::FitsDeadline(Wave& wave, int step) {
   const double left = std::chrono::duration<double>(*wave.deadline - Clock::now()).count();
   const double cost = kDeadlineMargin * seconds_per_node_ * wave.count;  // of a row of each context
   if (step > 0) {
     const int tokens = tree_.is_cropped(0) ? tree_.window_len(0) : 1;
     return cost * tree_.num_rows() * tokens <= left;
   }
+  const int tokens_left = model_->shape.action_dim + 2 - wave.token;
   const int affordable = cost > 0.0
                              ? static_cast<int>(std::clamp(left / (cost * tokens_left), 1.0, 1e9))
                              : tree_.num_rows();
@@ -223,8 +224,8 @@ void BeamSearch::DrawSlot(Wave& wave, int slot, const Truncation& truncation, Es
   sampler.Load(decoder_.logits(slot), wave.settings.temperature);
   if (estimate != Estimate::kNone && wave.request.value_function) {
     for (const int32_t* row = begin; row != end; ++row) {
-      const size_t begin = ProbsOf(wave, *row / num_rows, *row % num_rows, !is_reward);
-      std::copy_n(sampler.RawProbs(), num_ids, &probs_[begin]);
+      const size_t first = ProbsOf(wave, *row / num_rows, *row % num_rows, !is_reward);
+      std::copy_n(sampler.RawProbs(), num_ids, &probs_[first]);
     }
   } else if (estimate != Estimate::kNone) {
     const Estimator& estimator =

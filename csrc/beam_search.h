@@ -136,7 +136,7 @@ class BeamSearch {
   void KeepBest(Wave& wave, int context, int step, int kept);
   void Forward(int rows_asked);
   void GroupRows();
-  bool FitsDeadline(Wave& wave, int step, int tokens_left);
+  bool FitsDeadline(Wave& wave, int step);
   int WaveSize(const PlanSettings& settings) const;
   TreeLimits LimitsOf(const PlanSettings& settings, int num_contexts) const;
   TreeLimits SearchLimits(int beam_width, int num_tokens) const;

@@ -1,0 +1,161 @@
+// Attention of every table of kernels against double precision, with bounds as in ops_test.cc.
+#include <algorithm>
+#include <cmath>
+
+#include "check.h"
+#include "isa.h"
+#include "ops.h"
+#include "oracle.h"
+#include "random.h"
+
+namespace tt::test {
+namespace {
+
+constexpr float kGuard = 123.25f;  // in memory that must not be written
+
+struct AttendCase {
+  int rows, num_heads, head_dim, stride, num_nodes;
+  size_t width;
+  std::vector<float> q, kv;
+  std::vector<std::vector<uint32_t>> paths;
+  std::vector<int32_t> lens, shared;
+
+  // A path is the first nodes of the row before it, up to all of them, then any others.
+  AttendCase(int num_heads, int head_dim, std::vector<int32_t> row_lens, double spread)
+      : rows(static_cast<int>(row_lens.size())),
+        num_heads(num_heads),
+        head_dim(head_dim),
+        stride(RoundUp(head_dim, kHeadPad)),
+        num_nodes(*std::max_element(row_lens.begin(), row_lens.end()) + 9),
+        width(size_t(num_heads) * stride + 7),
+        lens(std::move(row_lens)) {
+    Random random(num_heads * 100 + head_dim);
+    q = random.Normals(rows * width, spread);
+    kv = random.Normals(size_t(num_heads) * num_nodes * 2 * stride, spread);
+    for (int i = 0; i < static_cast<int>(kv.size()); ++i) {
+      if (i % stride >= head_dim) kv[i] = 0.0f;
+    }
+    for (int r = 0; r < rows; ++r) {
+      const int most = r == 0 ? 0 : std::min(lens[r], lens[r - 1]);
+      shared.push_back(most - (random.Below(2) == 0 ? 0 : random.Below(most + 1)));
+      AddPath(lens[r], shared[r], random);
+    }
+  }
+
+  void AddPath(int len, int num_shared, Random& random) {
+    std::vector<uint32_t> path;
+    if (num_shared > 0) path.assign(paths.back().begin(), paths.back().begin() + num_shared);
+    for (int node : random.Permutation(num_nodes)) {
+      const uint32_t offset = static_cast<uint32_t>(node * 2 * stride);
+      if (static_cast<int>(path.size()) == len) break;
+      if (std::find(path.begin(), path.end(), offset) == path.end()) path.push_back(offset);
+    }
+    paths.push_back(path);
+  }
+
+  const float* Key(int row, int head, int j) const {
+    return &kv[size_t(head) * num_nodes * 2 * stride + paths[row][j]];
+  }
+  double scale() const { return 1.0 / std::sqrt(static_cast<double>(head_dim)); }
+};
+
+// Rows [begin, end), into rows of `width` numbers.
+std::vector<float> RunAttend(const Ops& ops, const AttendCase& test, int begin, int end) {
+  std::vector<const uint32_t*> paths;
+  for (const auto& path : test.paths) paths.push_back(path.data());
+  const int longest = *std::max_element(test.lens.begin(), test.lens.end());
+  const size_t scores_size = RoundUp(longest, kPad);
+  std::vector<float> scores(kScoreRows * scores_size), out((end - begin) * test.width, kGuard);
+  AttendArgs args{};
+  args.rows = end - begin;
+  args.q = &test.q[begin * test.width];
+  args.q_stride = test.width;
+  args.kv = test.kv.data();
+  args.head_size = size_t(test.num_nodes) * 2 * test.stride;
+  args.paths = &paths[begin];
+  args.lens = &test.lens[begin];
+  args.shared = &test.shared[begin];
+  args.num_heads = test.num_heads;
+  args.head_stride = test.stride;
+  args.scale = static_cast<float>(test.scale());
+  args.scores = scores.data();
+  args.scores_size = scores_size;
+  args.out = out.data();
+  args.out_stride = test.width;
+  ops.attend(args);
+  return out;
+}
+
+void CheckAttendHead(const AttendCase& test, const std::vector<float>& out, int row, int head) {
+  const int len = test.lens[row];
+  const float* q = &test.q[row * test.width + head * test.stride];
+  Doubles scores;
+  double score_size = 0.0;  // largest sum of absolute products
+  for (int j = 0; j < len; ++j) {
+    double dot = 0.0, size = 0.0;
+    for (int i = 0; i < test.head_dim; ++i) {
+      const double product = double{q[i]} * test.Key(row, head, j)[i];
+      dot += product;
+      size += std::abs(product);
+    }
+    scores.push_back(dot * test.scale());
+    score_size = std::max(score_size, size * test.scale());
+  }
+  const Doubles weights = Softmax(scores);
+  // a weight's relative error is that of two scores' differences, of exp and of its sum
+  const double relative = kRounding * (2.0 * (test.head_dim + 6) * score_size + 2.0 * len + 16);
+  for (int i = 0; i < test.stride; ++i) {
+    double want = 0.0, size = 0.0;
+    for (int j = 0; j < len; ++j) {
+      const double product = weights[j] * test.Key(row, head, j)[test.stride + i];
+      want += product;
+      size += std::abs(product);
+    }
+    const double got = out[row * test.width + head * test.stride + i];
+    CHECK_LE(std::abs(got - want), relative * size + len * kTiny * 100);
+  }
+}
+
+void CheckAttend(const Ops& ops, const AttendCase& test) {
+  const Context context(Text(ops.name, "heads", test.num_heads, "width", test.head_dim, "rows",
+                             test.rows, "first len", test.lens[0]));
+  const std::vector<float> out = RunAttend(ops, test, 0, test.rows);
+  const size_t used = size_t(test.num_heads) * test.stride;
+  for (int row = 0; row < test.rows; ++row) {
+    for (int head = 0; head < test.num_heads; ++head) CheckAttendHead(test, out, row, head);
+    for (size_t i = used; i < test.width; ++i) CHECK_EQ(out[row * test.width + i], kGuard);
+    // to the bit what it is alone, so that plans do not depend on who works on which rows
+    const auto alone = RunAttend(ops, test, row, row + 1);
+    CHECK(std::equal(alone.begin(), alone.end(), &out[row * test.width]));
+  }
+}
+
+}  // namespace
+
+TEST(AttendAllLengths) {
+  for (int head_dim : {16, 32, 48, 64}) {
+    for (int len = 1; len <= 70; ++len) {
+      const AttendCase test(1 + len % 3, head_dim, {len}, 1.0);
+      for (const Ops* ops : AvailableOps()) CheckAttend(*ops, test);
+    }
+  }
+}
+
+TEST(AttendRowsOfDifferentLengths) {
+  for (int head_dim : {5, 8, 16, 24, 32, 33, 48, 64, 80, 96, 128}) {
+    std::vector<int32_t> lens = {1, 70, 2, 16, 17, 15, 70, 33, 4, 3, 8, 31, 32};
+    for (int i = 0; i < 25; ++i) lens.push_back(40 + i % 3);  // as in a plan
+    const AttendCase test(2, head_dim, lens, 1.0);
+    for (const Ops* ops : AvailableOps()) CheckAttend(*ops, test);
+  }
+}
+
+// Scores in the hundreds: all but a few weights vanish, and none overflows.
+TEST(AttendSharply) {
+  for (int head_dim : {16, 32, 48, 64}) {
+    const AttendCase test(2, head_dim, {1, 9, 40}, 12.0);
+    for (const Ops* ops : AvailableOps()) CheckAttend(*ops, test);
+  }
+}
+
+}  // namespace tt::test

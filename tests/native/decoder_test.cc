@@ -1,0 +1,156 @@
+// Logits of beams that grow, share and are cropped, against fresh encodes and double precision.
+#include "decoder.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "check.h"
+#include "engine.h"
+#include "isa.h"
+#include "oracle.h"
+#include "random.h"
+#include "small_models.h"
+
+namespace tt::test {
+namespace {
+
+using Row = std::vector<int32_t>;
+
+// Beams as in a plan: contexts end at the same dimension, rows branch, tokens are added, some rows
+// are kept; `visit` sees every row after every pass.
+template <typename Visit>
+void GrowBeams(const Model& model, int max_len, const std::vector<int>& context_lens,
+               const Row& goal, int num_threads, Visit&& visit) {
+  constexpr int kBeams = 2, kRows = 6;
+  const int num_contexts = static_cast<int>(context_lens.size()),
+            dim = model.shape.transition_dim();
+  Engine engine(model,
+                {.num_contexts = num_contexts,
+                 .max_rows = kRows,
+                 .max_len = max_len,
+                 .max_tokens = max_len + 3 * dim,
+                 .max_nodes = kRows * (max_len + 2 * dim)},
+                num_threads);
+  Random random(5);
+  std::vector<Row> contexts;
+  for (int len : context_lens) contexts.push_back(random.Tokens(len, model.shape.num_ids()));
+  engine.tree.Begin(contexts, goal);
+  for (int step = 0; step < 3 * dim; ++step) {
+    engine.decoder.Forward(engine.tree.MakePass());
+    for (int c = 0; c < num_contexts; ++c) {
+      for (int row = 0; row < engine.tree.num_rows(); ++row) {
+        const int32_t* tokens = engine.tree.tokens(c, row);
+        visit({tokens, tokens + engine.tree.num_tokens(c)}, engine.Logits(c, row));
+      }
+    }
+    if (step % dim == 0) engine.tree.Tile(kRows / engine.tree.num_rows());
+    const int num_rows = engine.tree.num_rows();
+    engine.tree.Append(
+        random.Tokens(size_t(num_contexts) * num_rows, model.shape.num_ids()).data());
+    if (step % dim == dim - 1) {
+      engine.tree.Keep(random.Tokens(num_contexts * kBeams, num_rows).data(), kBeams);
+    }
+  }
+}
+
+// The sums of a row are the same, and in the same order, whatever the rows beside it are.
+void CheckIncremental(const Shape& shape, const Ops& ops, bool bf16, int num_threads) {
+  const Context context(Text(ops.name, bf16 ? "bf16" : "fp32", "embed", shape.embed_dim, "goal",
+                             shape.goal_len, "threads", num_threads));
+  const auto model = MakeModel(shape, ops, bf16);
+  const Row goal(shape.goal_len, 1);
+  const int dim = shape.transition_dim(), len = shape.observation_dim;
+  for (int max_len : {shape.block_size(), 2 * dim - 1}) {
+    FreshEncoder fresh(*model, max_len);
+    GrowBeams(*model, max_len, {len, len + 3 * dim}, goal, num_threads,
+              [&](const Row& row, const std::vector<float>& logits) {
+                CHECK(logits == fresh.Logits(goal, row));
+              });
+  }
+}
+
+double LargestError(const std::vector<float>& got, const Doubles& want) {
+  double error = 0.0;
+  for (size_t i = 0; i < want.size(); ++i) error = std::max(error, std::abs(got[i] - want[i]));
+  return error;
+}
+
+struct Errors {
+  std::vector<double> of_table;  // largest, as AvailableOps; the last one is the scalar table's
+  double magnitude = 0.0;        // largest logit
+};
+
+Errors MeasureErrors(const Shape& shape, bool bf16) {
+  const RandomWeights weights(0);
+  const std::vector<uint8_t> hidden = HiddenValues(shape);
+  Errors errors;
+  for (const Ops* ops : AvailableOps()) {
+    const Model model(shape, weights, *ops, bf16);
+    FreshEncoder fresh(model, shape.block_size());
+    Random random(1);
+    double worst = 0.0;
+    for (int len = 1; len <= shape.block_size(); ++len) {
+      const Row window = random.Tokens(len, shape.num_ids());
+      const Row goal = random.Tokens(shape.goal_len, shape.vocab_size);
+      const Doubles want = WindowLogits(shape, weights, hidden, goal, window);
+      for (double logit : want) errors.magnitude = std::max(errors.magnitude, std::abs(logit));
+      worst = std::max(worst, LargestError(fresh.Logits(goal, window), want));
+    }
+    errors.of_table.push_back(worst);
+  }
+  return errors;
+}
+
+}  // namespace
+
+TEST(IncrementalLogitsEqualFreshOnes) {
+  for (const Ops* ops : AvailableOps()) {
+    for (const Shape& shape : SmallShapes()) CheckIncremental(shape, *ops, false, 1);
+    CheckIncremental(SmallShapes()[1], *ops, true, 1);
+    CheckIncremental(WithGoal(SmallShapes()[0]), *ops, false, 1);
+    CheckIncremental(SmallShapes()[0], *ops, false, 3);
+  }
+}
+
+// A value token's own logits are those of a token that sees its past, but not itself.
+TEST(LogitsEqualDoublePrecision) {
+  std::vector<Shape> shapes = SmallShapes();
+  shapes.push_back(WithGoal(shapes[0]));
+  for (const Shape& shape : shapes) {
+    for (bool bf16 : {false, true}) {
+      const Errors errors = MeasureErrors(shape, bf16);
+      const double scalar = errors.of_table.back();
+      // per layer some 10 sums of up to 4 embed_dim terms, whose errors add up as in a random walk
+      const double roundings = 10.0 * shape.num_layers * std::sqrt(4.0 * shape.embed_dim);
+      const double rounding = bf16 ? 0x1p-9 : kRounding;
+      const Context context(Text("embed", shape.embed_dim, bf16 ? "bf16" : "fp32"));
+      CHECK_LE(scalar, roundings * rounding * errors.magnitude);
+      for (size_t i = 0; i < errors.of_table.size(); ++i) {
+        const Context table(AvailableOps()[i]->name);
+        CHECK_LE(errors.of_table[i], 2 * scalar + 16 * kRounding * errors.magnitude);
+      }
+    }
+  }
+}
+
+TEST(DecoderCountsItsNodes) {
+  const Shape shape = SmallShapes()[1];
+  const auto model = MakeModel(shape, *ScalarOps());
+  Engine engine(
+      *model, {.num_contexts = 2, .max_rows = 4, .max_len = 11, .max_tokens = 20, .max_nodes = 99},
+      2);
+  engine.tree.Begin({{0, 1, 2}, {3}}, {});
+  engine.decoder.Forward(engine.tree.MakePass());
+  CHECK_EQ(engine.decoder.stats().reencoded_nodes, 4);
+  engine.tree.Tile(4);
+  const int32_t tokens[] = {0, 1, 1, 1, 2, 2, 2, 2};
+  engine.tree.Append(tokens);
+  engine.decoder.Forward(engine.tree.MakePass());
+  CHECK_EQ(engine.decoder.stats().decoded_nodes, 3);
+  CHECK(engine.decoder.stats().gemm_flops > 0.0 && engine.decoder.stats().attention_flops > 0.0);
+  CHECK(engine.decoder.allocated_bytes() > 0);
+  engine.decoder.ResetStats();
+  CHECK_EQ(engine.decoder.stats().decoded_nodes + engine.decoder.stats().reencoded_nodes, 0);
+}
+
+}  // namespace tt::test

@@ -1,0 +1,134 @@
+#include "model.h"
+
+#include <bit>
+#include <cmath>
+#include <stdexcept>
+
+#include "check.h"
+#include "isa.h"
+#include "oracle.h"
+#include "small_models.h"
+
+namespace tt::test {
+namespace {
+
+// A model's weights, all zero, of which one is missing or has another size.
+class FaultyWeights : public WeightSource {
+ public:
+  explicit FaultyWeights(std::string missing) : missing_(std::move(missing)) {}
+  const float* Get(const std::string& name, size_t size) const override {
+    if (name == missing_) throw std::invalid_argument("weights: expected " + name);
+    zeros_.resize(std::max(zeros_.size(), size));
+    return zeros_.data();
+  }
+
+ private:
+  std::string missing_;
+  mutable std::vector<float> zeros_;
+};
+
+// Checks that a shape with one size changed is refused, and that the error names it.
+void CheckRefused(int Shape::* size, int value, const std::string& name) {
+  const Context context(Text(name, value));
+  Shape shape = SmallShapes()[0];
+  shape.*size = value;
+  CHECK_THROWS(std::invalid_argument, shape.Check());
+  CHECK_THROWS(std::invalid_argument, Model(shape, RandomWeights(0), *ScalarOps(), false));
+  try {
+    shape.Check();
+  } catch (const std::invalid_argument& error) {
+    CHECK(std::string(error.what()).find(name) != std::string::npos);
+  }
+}
+
+}  // namespace
+
+TEST(ShapeRefusesBadSizes) {
+  for (const Shape& shape : SmallShapes()) {
+    shape.Check();
+    WithGoal(shape).Check();
+  }
+  for (int value : {0, -1, (1 << 20) + 1}) {
+    CheckRefused(&Shape::observation_dim, value, "observation_dim");
+    CheckRefused(&Shape::action_dim, value, "action_dim");
+    CheckRefused(&Shape::vocab_size, value, "vocab_size");
+    CheckRefused(&Shape::num_transitions, value, "num_transitions");
+    CheckRefused(&Shape::num_layers, value, "num_layers");
+    CheckRefused(&Shape::num_heads, value, "num_heads");
+    CheckRefused(&Shape::embed_dim, value, "embed_dim");
+  }
+  CheckRefused(&Shape::goal_len, -1, "goal_len");
+  CheckRefused(&Shape::num_heads, 3, "embed_dim");    // 16 is no multiple of it
+  CheckRefused(&Shape::num_heads, 17, "num_heads");   // more than embed_dim
+  CheckRefused(&Shape::vocab_size, 1, "vocab_size");  // a token would say nothing
+  // each is allowed, but there would be too many embeddings
+  Shape shape = SmallShapes()[0];
+  shape.vocab_size = shape.observation_dim = 1 << 20;
+  CHECK_THROWS(std::invalid_argument, shape.Check());
+}
+
+TEST(ModelPassesOnWhatItsWeightsThrow) {
+  const Shape shape = WithGoal(SmallShapes()[0]);
+  Model(shape, FaultyWeights(""), *ScalarOps(), false);
+  for (const char* name : {"tok_emb.weight", "goal_emb.weight", "pos_emb", "ln_f.bias",
+                           "blocks.1.attn.query.weight", "blocks.0.mlp.2.bias", "head.weight"}) {
+    const Context context(name);
+    CHECK_THROWS(std::invalid_argument, Model(shape, FaultyWeights(name), *ScalarOps(), false));
+  }
+}
+
+// The index formulas in ops.h.
+TEST(PackedMatrixLayout) {
+  constexpr int kRows = 32, kCols = 64, kPanel = 16;
+  const auto number = [](int i, int col) { return static_cast<float>(i * kCols + col) + 0.3f; };
+  for (bool bf16 : {false, true}) {
+    PackedMatrix packed(kRows, kCols, kPanel, bf16);
+    for (int col = 0; col < kCols; ++col) {
+      packed.SetBias(col, static_cast<float>(col));
+      for (int i = 0; i < kRows; ++i) packed.Set(i, col, number(i, col));
+    }
+    const MatrixView view = packed.view();
+    CHECK(view.k == kRows && view.n == kCols && view.bf16 == bf16);
+    for (int col = 0; col < kCols; ++col) {
+      CHECK_EQ(view.bias[col], static_cast<float>(col));
+      const size_t panel = col / kPanel, column = col % kPanel;
+      for (int i = 0; i < kRows; ++i) {
+        if (bf16) {
+          const size_t pair = (panel * kRows / 2 + i / 2) * kPanel + column;
+          const uint16_t bits = static_cast<const uint16_t*>(view.data)[pair * 2 + i % 2];
+          CHECK_EQ(std::bit_cast<float>(uint32_t{bits} << 16), RoundToBf16(number(i, col)));
+        } else {
+          const size_t index = (panel * kRows + i) * kPanel + column;
+          CHECK_EQ(static_cast<const float*>(view.data)[index], number(i, col));
+        }
+      }
+    }
+  }
+}
+
+TEST(EmbeddingRows) {
+  const Shape shape = WithGoal(SmallShapes()[0]);
+  const RandomWeights weights(3);
+  const Model model(shape, weights, *ScalarOps(), false);
+  const int vocab = shape.vocab_size, dim = shape.transition_dim(), width = shape.embed_dim;
+  const auto check_row = [&](int row, const float* source) {
+    for (int i = 0; i < shape.width(); ++i) {
+      CHECK_EQ(model.embedding[size_t(row) * shape.width() + i], i < width ? source[i] : 0.0f);
+    }
+  };
+  const float* tokens = weights.Get("tok_emb.weight", size_t(vocab * dim + 1) * width);
+  const float* goals = weights.Get("goal_emb.weight", size_t(vocab * shape.goal_len) * width);
+  check_row(model.EmbeddingRow(2, 1), tokens + size_t(vocab + 2) * width);
+  check_row(model.EmbeddingRow(vocab, 1), tokens + size_t(vocab * dim) * width);  // the stop token
+  check_row(model.GoalRow(2, 1), goals + size_t(vocab + 2) * width);
+}
+
+TEST(OpsByName) {
+  CHECK_EQ(std::string(AvailableOps().back()->name), "scalar");
+  for (const Ops* ops : AvailableOps()) CHECK_EQ(&FindOps(ops->name), ops);
+  CHECK_EQ(&FindOps("auto"), AvailableOps().front());
+  CHECK_THROWS(std::invalid_argument, FindOps("mmx"));
+  CHECK_THROWS(std::invalid_argument, FindOps(""));
+}
+
+}  // namespace tt::test

@@ -1,0 +1,259 @@
+// Every table of kernels against double precision. A bound is the number of roundings times their
+// size, 2^-24, times the magnitude of what is rounded.
+#include "ops.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "check.h"
+#include "isa.h"
+#include "oracle.h"
+#include "random.h"
+#include "small_models.h"
+
+namespace tt::test {
+namespace {
+
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+constexpr float kGuard = 123.25f;  // in memory that must not be written
+
+// ---- matrix product ----
+
+// c = a w + bias of up to kMaxRows rows; memory of exactly the size that is promised, so that a
+// sanitizer sees what reads or writes beyond.
+struct GemmCase {
+  int k, n, num_cols;
+  bool bf16;
+  std::vector<float> a, weight, bias, old;  // (kMaxRows, k) (k, n) (n) (kMaxRows, n)
+  Doubles sum, magnitude;                   // (kMaxRows, num_cols)
+
+  GemmCase(int k, int n, int num_cols, bool bf16) : k(k), n(n), num_cols(num_cols), bf16(bf16) {
+    Random random(k * 1000 + n);
+    a = random.Normals(size_t{kMaxRows} * k);
+    weight = random.Normals(size_t(k) * n);
+    bias = random.Normals(n);
+    old = random.Normals(size_t{kMaxRows} * n);
+    for (int r = 0; r < kMaxRows; ++r) {
+      for (int col = 0; col < num_cols; ++col) AddElement(r, col);
+    }
+  }
+
+  void AddElement(int r, int col) {
+    double total = bias[col], size = std::abs(bias[col]);
+    for (int i = 0; i < k; ++i) {
+      const float x = a[size_t(r) * k + i], y = weight[size_t(i) * n + col];
+      const double product = bf16 ? double{RoundToBf16(x)} * RoundToBf16(y) : double{x} * y;
+      total += product;
+      size += std::abs(product);
+    }
+    sum.push_back(total);
+    magnitude.push_back(size);
+  }
+
+  PackedMatrix Pack(const Ops& ops) const {
+    PackedMatrix packed(k, n, ops.panel_width, bf16);
+    for (int col = 0; col < n; ++col) {
+      packed.SetBias(col, bias[col]);
+      for (int i = 0; i < k; ++i) packed.Set(i, col, weight[size_t(i) * n + col]);
+    }
+    return packed;
+  }
+};
+
+// Rows are wider than what is read or written of them.
+void CheckGemm(const Ops& ops, const GemmCase& test, const PackedMatrix& packed, int rows,
+               bool add) {
+  const Context context(Text(ops.name, "rows", rows, "k", test.k, "n", test.n, "cols",
+                             test.num_cols, test.bf16 ? "bf16" : "fp32", add ? "add" : ""));
+  const int lda = test.k + 3, ldc = test.n + 5, k = test.k;
+  std::vector<float> a(size_t(rows) * lda, kNaN), c(size_t(rows) * ldc, kGuard);
+  for (int r = 0; r < rows; ++r) {
+    std::copy_n(&test.a[size_t(r) * k], k, &a[size_t(r) * lda]);
+    for (int col = 0; add && col < test.num_cols; ++col) {
+      c[r * ldc + col] = test.old[r * test.n + col];
+    }
+  }
+  std::vector<uint16_t> scratch(test.bf16 ? size_t(rows) * k : 0);
+  ops.gemm(packed.view(), test.num_cols, a.data(), lda, rows, c.data(), ldc, add, scratch.data());
+  double worst = 0.0;  // error as a part of its bound
+  for (int r = 0; r < rows; ++r) {
+    for (int col = 0; col < test.num_cols; ++col) {
+      const size_t i = size_t(r) * test.num_cols + col;
+      const double old = add ? test.old[r * test.n + col] : 0.0;
+      const double bound = (k + 2) * kRounding * (test.magnitude[i] + std::abs(old)) + k * kTiny;
+      const double error = std::abs(c[r * ldc + col] - (test.sum[i] + old));
+      worst = error <= bound ? std::max(worst, error / bound) : 2.0;  // NaN too
+    }
+    for (int col = test.num_cols; col < ldc; ++col) CHECK_EQ(c[r * ldc + col], kGuard);
+  }
+  CHECK_LE(worst, 1.0);
+}
+
+void CheckGemmCase(int k, int n, int num_cols, bool bf16) {
+  const GemmCase test(k, n, num_cols, bf16);
+  for (const Ops* ops : AvailableOps()) {
+    const PackedMatrix packed = test.Pack(*ops);
+    for (bool add : {false, true}) {
+      for (int rows = 1; rows <= 13; ++rows) CheckGemm(*ops, test, packed, rows, add);
+      for (int rows : {24, 25, kMaxRows}) CheckGemm(*ops, test, packed, rows, add);
+    }
+  }
+}
+
+// ---- rows ----
+
+Doubles ToDoubles(const float* x, int n) { return Doubles(x, x + n); }
+
+std::vector<float> Padded(const std::vector<float>& x) {
+  std::vector<float> out(x);
+  out.resize(RoundUp(static_cast<int>(x.size()), kPad), 0.0f);
+  return out;
+}
+
+void CheckPadding(const std::vector<float>& out, int n) {
+  for (size_t i = n; i < out.size(); ++i) CHECK_EQ(out[i], 0.0f);
+}
+
+// mean and spread of the numbers that are normalised
+void CheckLayerNorm(const Ops& ops, int width, double mean, double spread) {
+  const Context context(Text(ops.name, "width", width, "mean", mean, "spread", spread));
+  Random random(width);
+  const std::vector<float> x = Padded(random.Normals(width, spread, mean));
+  const std::vector<float> gamma = Padded(random.Normals(width)),
+                           beta = Padded(random.Normals(width));
+  std::vector<float> out(x.size(), kGuard);
+  ops.layer_norm(x.data(), gamma.data(), beta.data(), width, out.data());
+  const Doubles want = LayerNorm(ToDoubles(x.data(), width), gamma.data(), beta.data());
+  double largest = 0.0, variance = 0.0, average = 0.0;
+  for (int i = 0; i < width; ++i) {
+    largest = std::max(largest, std::abs(double{x[i]}));
+    average += x[i] / double(width);
+  }
+  for (int i = 0; i < width; ++i) variance += std::pow(x[i] - average, 2) / width;
+  const double scale = 1.0 / std::sqrt(variance + 1e-5);
+  for (int i = 0; i < width; ++i) {
+    // the mean is off by its sum's roundings, the scale by half of the variance's relative error
+    const double mean_error = (width + 2) * kRounding * largest;
+    const double normed = std::abs(x[i] - average) * scale;
+    const double relative = (width + 8) * kRounding + mean_error * scale * mean_error * scale;
+    const double bound = std::abs(gamma[i]) * (mean_error * scale + normed * relative) +
+                         4 * kRounding * (std::abs(want[i]) + std::abs(beta[i]));
+    CHECK_LE(std::abs(out[i] - want[i]), bound);
+  }
+  CheckPadding(out, width);
+}
+
+void CheckSoftmax(const Ops& ops, int n, double spread, bool in_place) {
+  const Context context(Text(ops.name, "n", n, "spread", spread, in_place ? "in place" : ""));
+  std::vector<float> x = Padded(Random(n).Normals(n, spread));
+  const Doubles logits = ToDoubles(x.data(), n), want = Softmax(logits);
+  std::fill(x.begin() + n, x.end(), kGuard);  // room, but no zeros
+  std::vector<float> out(x.size(), kGuard);
+  ops.softmax(x.data(), n, in_place ? x.data() : out.data());
+  const std::vector<float>& probs = in_place ? x : out;
+  const double max = *std::max_element(logits.begin(), logits.end());
+  for (int i = 0; i < n; ++i) {
+    // a rounding of the difference, 4 of its exponential, those of the sum, a division
+    const double relative = kRounding * (2.0 * (max - logits[i]) + n + 8);
+    CHECK_LE(std::abs(probs[i] - want[i]), want[i] * relative + kTiny);
+  }
+  CheckPadding(probs, n);
+}
+
+}  // namespace
+
+TEST(GemmFloat) {
+  CheckGemmCase(32, 32, 32, false);
+  CheckGemmCase(64, 96, 96, false);
+  CheckGemmCase(96, 160, 64, false);  // only some of the columns
+  CheckGemmCase(160, 64, 64, false);
+}
+
+TEST(GemmBf16) {
+  CheckGemmCase(32, 32, 32, true);
+  CheckGemmCase(64, 96, 96, true);
+  CheckGemmCase(96, 160, 64, true);
+  CheckGemmCase(160, 64, 64, true);
+}
+
+// Inputs on both sides of, and exactly at, the middle between two bfloat16 numbers.
+TEST(GemmRoundsToNearestEven) {
+  for (const Ops* ops : AvailableOps()) {
+    const Context context(ops->name);
+    PackedMatrix ones(32, 32, ops->panel_width, true);
+    for (int col = 0; col < 32; ++col) ones.Set(col, col, 1.0f);
+    const float step = 0x1p-7f;  // of bfloat16 in [1, 2)
+    std::vector<float> a(32), c(32);
+    for (int i = 0; i < 32; ++i) {
+      a[i] = 1.0f + step * (static_cast<float>(i / 3) + 0.5f) +
+             static_cast<float>(i % 3 - 1) * 0x1p-20f;
+      if (i % 2 == 1) a[i] = -a[i];
+    }
+    std::vector<uint16_t> scratch(32);
+    ops->gemm(ones.view(), 32, a.data(), 32, 1, c.data(), 32, false, scratch.data());
+    for (int i = 0; i < 32; ++i) CHECK_EQ(c[i], RoundToBf16(a[i]));
+  }
+}
+
+TEST(LayerNormRows) {
+  for (const Ops* ops : AvailableOps()) {
+    for (int width : {1, 2, 5, 16, 20, 31, 32, 33, 64, 100, 128, 257}) {
+      CheckLayerNorm(*ops, width, 0.0, 1.0);
+      CheckLayerNorm(*ops, width, 0.0, 1e-3);
+      CheckLayerNorm(*ops, width, 0.0, 1e4);
+      CheckLayerNorm(*ops, width, 1.0, 1.0);
+      CheckLayerNorm(*ops, width, -10.0, 1.0);
+    }
+  }
+}
+
+TEST(GeluRows) {
+  std::vector<float> x = {0.0f, -0.0f, 1e-30f, -1e-30f, 1e-40f, 30.0f, -30.0f, 1e3f, -1e3f, 1e30f};
+  for (int i = -8000; i <= 8000; ++i) x.push_back(static_cast<float>(i) * 1e-3f);
+  x = Padded(x);
+  for (const Ops* ops : AvailableOps()) {
+    std::vector<float> out = x;
+    ops->gelu(out.data(), out.size());
+    for (size_t i = 0; i < x.size(); ++i) {
+      const Context context(Text(ops->name, "x", x[i]));
+      // 1.3e-7 of Phi's fit, and 3 roundings of numbers up to 1
+      const double bound = std::abs(double{x[i]}) * (1.3e-7 + 3 * kRounding) + kTiny;
+      CHECK_LE(std::abs(out[i] - Gelu(x[i])), bound);
+    }
+  }
+}
+
+TEST(SoftmaxRows) {
+  for (const Ops* ops : AvailableOps()) {
+    for (int n = 1; n <= 70; ++n) CheckSoftmax(*ops, n, 2.0, n % 2 == 0);
+    for (int n : {7, 32, 101, 257}) {
+      CheckSoftmax(*ops, n, 0.0, false);
+      CheckSoftmax(*ops, n, 30.0, false);
+      CheckSoftmax(*ops, n, 300.0, true);  // most of them vanish
+    }
+  }
+}
+
+TEST(SoftmaxOfMinusInfinity) {
+  constexpr float kInf = std::numeric_limits<float>::infinity();
+  for (const Ops* ops : AvailableOps()) {
+    const Context context(ops->name);
+    std::vector<float> x = Padded({-kInf, 1.0f, -kInf, 1.0f, -1000.0f}), probs(x.size());
+    ops->softmax(x.data(), 5, probs.data());
+    const float want[] = {0.0f, 0.5f, 0.0f, 0.5f, 0.0f};
+    for (int i = 0; i < 5; ++i) CHECK_EQ(probs[i], want[i]);
+  }
+}
+
+TEST(PeakLoopsCount) {
+  for (const Ops* ops : AvailableOps()) {
+    for (bool bf16 : {false, true}) {
+      const double one = ops->peak_loop(1, bf16);
+      CHECK(one > 0.0);
+      CHECK_EQ(ops->peak_loop(100, bf16), 100.0 * one);
+    }
+  }
+}
+
+}  // namespace tt::test
