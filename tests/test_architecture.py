@@ -26,7 +26,7 @@ LAYERS = (
     {"checkpoint", "losses", "metrics", "optimizer", "train", "training_state"},
     {"planning"},
     {"collect", "envs", "evaluate", "plots", "results", "video"},
-    {"demo", "markup", "report"},
+    {"bench", "demo", "markup", "measure", "report", "tables", "tradeoff"},
     {"cli", "commands"},
 )
 LAYER_OF = {unit: i for i, layer in enumerate(LAYERS) for unit in layer}

@@ -12,6 +12,7 @@ import tyro
 from tyro.conf import subcommand
 
 from tt_fast.commands.base import Command
+from tt_fast.commands.bench import Bench
 from tt_fast.commands.data import DataCollect, DataDownload, DataInfo
 from tt_fast.commands.demo import Demo
 from tt_fast.commands.evaluate import Evaluate
@@ -52,6 +53,7 @@ class CommandLine:
         | Annotated[Plan, subcommand("plan")]
         | Annotated[Evaluate, subcommand("evaluate")]
         | Annotated[Demo, subcommand("demo")]
+        | Annotated[Bench, subcommand("bench")]
     )
 
 

@@ -1,4 +1,4 @@
-"""Figures of a run: losses, returns, imagined against executed, attention.
+"""Figures of a run: losses, returns, latency, imagined against executed, attention.
 
 Every function returns a `matplotlib.figure.Figure` of its own; the caller saves it. pyplot and its
 global state are never touched. Colour-blind readers can tell the colours (Okabe and Ito's) apart.
@@ -22,7 +22,8 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
+from matplotlib.text import Annotation
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from numpy.typing import ArrayLike, NDArray
 
 from tt_fast.checkpoint import Checkpoint
@@ -95,6 +96,51 @@ def plot_returns(
     _draw_scored(strip, axes, scored)
     if ref_scores is not None:
         _add_normalised_axis(strip, ref_scores)
+    return figure
+
+
+def plot_latency(
+    decision_ms: ArrayLike,
+    returns: ArrayLike,
+    std_errors: Sequence[float | None],
+    *,
+    names: Sequence[str],
+) -> Figure:
+    """Return against latency, a labelled dot a setting; what nothing beats in both is filled.
+
+    Args:
+        decision_ms: (num_settings,) median milliseconds of a decision, above 0.
+        returns: (num_settings,) mean return.
+        std_errors: (num_settings,) standard error of the mean, None where it is unknown.
+        names: (num_settings,) labels.
+
+    Raises:
+        ValueError: no settings, numbers that are not finite, or lengths that differ.
+    """
+    x, y = _finite_vector("decision_ms", decision_ms), _finite_vector("returns", returns)
+    lengths = [len(x), len(y), len(std_errors), len(names)]
+    require(len(set(lengths)) == 1, "returns, std_errors, names", f"{lengths[0]} each", lengths[1:])
+    require(bool((x > 0.0).all()), "decision_ms", "numbers above 0", float(x.min()))
+    figure = _new_figure(8.0, 4.2)
+    axes = figure.subplots()
+    _quiet(axes)
+    axes.set_xscale("log")
+    for i, error in enumerate(std_errors):
+        beaten = bool(((x <= x[i]) & (y >= y[i]) & ((x < x[i]) | (y > y[i]))).any())
+        face = "white" if beaten else POLICY
+        axes.errorbar(
+            x[i], y[i], error, fmt="o", color=POLICY, mfc=face, markersize=6, elinewidth=1.0
+        )
+    axes.margins(x=0.12, y=0.12)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("median time of a decision that plans (ms)")
+    axes.set_ylabel("return of an episode, mean ± standard error")
+    figure.draw_without_rendering()  # from here on it is known where dots and labels lie
+    labels: list[Annotation] = []
+    for i, name in enumerate(names):
+        labels.append(_label_apart(axes, float(x[i]), float(y[i]), name, labels))
     return figure
 
 
@@ -227,6 +273,30 @@ def _label(
     """Text at data (x, y), moved by `offset` points; `place` is its alignment, ha and va."""
     unit = "offset points"
     axes.annotate(text, (x, y), offset, textcoords=unit, fontsize=9, color=color, **place)
+
+
+def _label_apart(
+    axes: Axes, x: float, y: float, text: str, others: Sequence[Annotation]
+) -> Annotation:
+    """Text in the corner of (x, y) that is inside the axes and free of other labels, if any is."""
+
+    def place(right: int, up: int) -> Annotation:
+        align: dict[str, Any] = {
+            "ha": "left" if right > 0 else "right",
+            "va": "bottom" if up > 0 else "top",
+        }
+        offset, unit = (6 * right, 4 * up), "offset points"
+        return axes.annotate(text, (x, y), offset, textcoords=unit, fontsize=9, color=INK, **align)
+
+    taken = [other.get_window_extent() for other in others]
+    for right, up in ((1, 1), (1, -1), (-1, 1), (-1, -1)):
+        label = place(right, up)
+        box = label.get_window_extent()
+        inside = axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1
+        if inside and not box.count_overlaps(taken):
+            return label
+        label.remove()
+    return place(1, 1)
 
 
 def _label_beside(axes: Axes, x: float, y: float, text: str, color: str) -> None:

@@ -21,7 +21,7 @@ from tt_fast.planning.base import BeamPlan, BeamSequence, Draws, PlanTrace, Valu
 from tt_fast.planning.reference import window_len
 
 try:
-    from tt_fast import _core
+    import tt_fast._core as _core
 except ImportError:
     _core = None  # type: ignore[assignment]
 
