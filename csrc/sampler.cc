@@ -1,9 +1,10 @@
 #include "sampler.h"
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
+#include <cstddef>
 #include <limits>
+#include <numeric>
 
 namespace tt {
 namespace {
@@ -13,8 +14,7 @@ constexpr float kRemoved = -1000.0f;
 
 }  // namespace
 
-Sampler::Sampler(const Ops& ops, int num_ids)
-    : ops_(ops), num_ids_(num_ids), sorted_(num_ids), cumulative_(num_ids) {
+Sampler::Sampler(const Ops& ops, int num_ids) : ops_(ops), num_ids_(num_ids), cumulative_(num_ids) {
   const size_t padded = RoundUp(num_ids, kPad);
   logits_.ReserveZeroed(padded);
   probs_.ReserveZeroed(padded);
@@ -56,20 +56,40 @@ void Sampler::Truncate(const Truncation& truncation) {
 // goes.
 void Sampler::FilterCdf(float cdf) {
   const float* probs = RawProbs();
-  // bits of floats that are not negative are in the order of their values
-  for (int i = 0; i < num_ids_; ++i) sorted_[i] = std::bit_cast<uint32_t>(probs[i]);
-  std::sort(sorted_.begin(), sorted_.end());
-  int last_below = 0;
-  double sum = 0.0;
-  for (int i = 0; i < num_ids_; ++i) {
-    sum += std::bit_cast<float>(sorted_[i]);
-    if (!(static_cast<float>(sum) < cdf)) break;
-    last_below = i;
-  }
-  const float threshold = std::bit_cast<float>(sorted_[last_below]);
+  const float threshold = LastBelow(cdf);
   for (int i = 0; i < num_ids_; ++i) {
     if (probs[i] <= threshold) logits_[i] = kRemoved;
   }
+}
+
+// That probability. Only the part around it is sorted: the rest is split like in a quickselect, by
+// the mass of the lower part.
+float Sampler::LastBelow(float cdf) {
+  constexpr std::ptrdiff_t kSorted = 16;
+  std::copy_n(RawProbs(), num_ids_, probs_.data());
+  float *begin = probs_.data(), *end = begin + num_ids_;
+  float last_below = *std::min_element(begin, end);
+  double below = 0.0;  // mass of everything before `begin`
+  while (end - begin > kSorted) {
+    const float pivot = std::max(std::min(begin[0], end[-1]),
+                                 std::min(std::max(begin[0], end[-1]), begin[(end - begin) / 2]));
+    float* middle = std::partition(begin, end, [pivot](float p) { return p < pivot; });
+    if (middle == begin) {  // the pivot is the smallest: split behind its equals
+      middle = std::partition(begin, end, [pivot](float p) { return p <= pivot; });
+      if (middle == end) break;  // all are equal
+    }
+    const double mass = std::accumulate(begin, middle, below);
+    if (static_cast<float>(mass) < cdf) {
+      last_below = *std::max_element(begin, middle);
+      below = mass;
+      begin = middle;
+    } else {
+      end = middle;
+    }
+  }
+  std::sort(begin, end);
+  for (; begin != end && static_cast<float>(below += *begin) < cdf; ++begin) last_below = *begin;
+  return last_below;
 }
 
 // Ties with the last one kept stay.

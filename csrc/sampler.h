@@ -34,12 +34,12 @@ class Sampler {
 
  private:
   void FilterCdf(float cdf);
+  float LastBelow(float cdf);
   void KeepTopK(int k);
 
   const Ops& ops_;
   int num_ids_;
   AlignedBuffer<float> logits_, probs_, raw_;
-  std::vector<uint32_t> sorted_;
   std::vector<double> cumulative_;
   int only_ = -1;  // the one token left by top_k = 1
   bool has_raw_ = false;
