@@ -248,9 +248,7 @@ double BeamSearch::Uniform(const Wave& wave, int context, int row) const {
   if (request.uniforms == nullptr) {
     return PhiloxUniform(request.seeds[i], row, wave.token, request.plan_indices[i]);
   }
-  const Shape& shape = model_->shape;
-  const size_t num_draws = size_t(wave.settings.horizon) * (shape.action_dim + 2) +
-                           size_t(wave.settings.horizon - 1) * shape.observation_dim;
+  const size_t num_draws = wave.settings.num_draws(model_->shape);
   return request.uniforms[(i * num_draws + wave.token) * wave.settings.num_rows() + row];
 }
 
@@ -430,21 +428,23 @@ void BeamSearch::CheckFits(int64_t nodes, int64_t rows, int64_t tokens) const {
                           std::to_string(rows) + " rows of " + std::to_string(tokens) + " tokens");
 }
 
-int BeamSearch::WaveSize(const PlanSettings& settings) const {
+// Keys and values of one node in all layers.
+double BeamSearch::NodeBytes() const {
   const Shape& shape = model_->shape;
-  const double node_bytes = 2.0 * shape.num_layers * shape.num_heads * shape.head_stride() * 4.0;
-  return std::max(1, static_cast<int>(kWaveBytes / node_bytes / LimitsOf(settings, 1).max_nodes));
+  return sizeof(float) * 2.0 * shape.num_layers * shape.num_heads * shape.head_stride();
+}
+
+int BeamSearch::WaveSize(const PlanSettings& settings) const {
+  return std::max(1, static_cast<int>(kWaveBytes / NodeBytes() / LimitsOf(settings, 1).max_nodes));
 }
 
 // Refuses what the machine cannot hold, before the system takes it at its word.
 void BeamSearch::Reserve(const TreeLimits& limits) {
-  const Shape& shape = model_->shape;
-  const double node_floats = 2.0 * shape.num_layers * shape.num_heads * shape.head_stride();
   const double nodes = double(limits.num_contexts) * limits.max_nodes;
   const double rows = double(limits.num_contexts) * limits.max_rows;
   // tokens and paths are held twice
-  const double bytes =
-      4.0 * (nodes * node_floats + 2.0 * rows * (limits.max_tokens + double(limits.max_len)));
+  const double bytes = nodes * NodeBytes() +
+                       2.0 * sizeof(int32_t) * rows * (limits.max_tokens + double(limits.max_len));
   if (bytes > PhysicalBytes()) {
     throw std::length_error("beam_width: expected a search that fits in memory, got " +
                             std::to_string(limits.max_rows) + " rows, which may need " +

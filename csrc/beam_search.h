@@ -30,6 +30,10 @@ struct PlanSettings {
   Estimator reward_estimator, value_estimator;
 
   int num_rows() const { return beam_width * n_expand; }
+  // Tokens sampled per row in one plan.
+  size_t num_draws(const Shape& shape) const {
+    return size_t(horizon) * (shape.action_dim + 2) + size_t(horizon - 1) * shape.observation_dim;
+  }
 };
 
 // Raw probabilities (num_rows, 2, num_ids) of reward and value -> (num_rows) estimates of each.
@@ -137,6 +141,7 @@ class BeamSearch {
   void Forward(int rows_asked);
   void GroupRows();
   bool FitsDeadline(Wave& wave, int step);
+  double NodeBytes() const;
   int WaveSize(const PlanSettings& settings) const;
   TreeLimits LimitsOf(const PlanSettings& settings, int num_contexts) const;
   TreeLimits SearchLimits(int beam_width, int num_tokens) const;

@@ -405,8 +405,7 @@ std::vector<std::vector<int32_t>> PyBeamSearch::ReadContexts(const py::sequence&
 std::optional<Doubles> PyBeamSearch::ReadUniforms(const py::object& uniforms, size_t num_contexts,
                                                   const PlanSettings& settings) const {
   if (uniforms.is_none()) return std::nullopt;
-  const py::ssize_t num_draws = py::ssize_t{settings.horizon} * (shape_.action_dim + 2) +
-                                py::ssize_t{settings.horizon - 1} * shape_.observation_dim;
+  const auto num_draws = static_cast<py::ssize_t>(settings.num_draws(shape_));
   const auto given =
       Require<double>("uniforms", uniforms,
                       {static_cast<py::ssize_t>(num_contexts), num_draws, settings.num_rows()});

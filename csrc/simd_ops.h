@@ -88,7 +88,7 @@ void LayerNorm(const float* x, const float* gamma, const float* beta, int width,
   }
 }
 
-// Softmax of x (n), by default into other memory; zero in the padding.
+// Softmax of x (n), which may be probs; zero in the padding.
 void Softmax(const float* x, int n, float* probs) {
   const int padded = tt::RoundUp(n, kPad);
   float max = x[0];

@@ -91,13 +91,12 @@ const Pass& TokenTree::MakePass() {
   }
   pass_.path.clear();
   for (int c = 0; c < num_contexts(); ++c) {
-    const int start = WindowStart(contexts_[c].num_tokens);
-    contexts_[c].cropped = start != contexts_[c].start;
+    contexts_[c].cropped = is_cropped(c);
     if (!contexts_[c].cropped) {
       if (contexts_[c].selected) FreeDeadNodes(c);
       continue;
     }
-    contexts_[c].start = start;
+    contexts_[c].start = WindowStart(contexts_[c].num_tokens);
     contexts_[c].num_nodes = 0;
     contexts_[c].free_nodes.clear();
     contexts_[c].selected = false;

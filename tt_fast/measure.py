@@ -111,7 +111,7 @@ class Measurement:
 
 
 def measure_apart(job: Job) -> Measurement:
-    """`measure` in a fresh process.
+    """`measure` in a fresh process. Both ends of the pipe are ours: no file is unpickled.
 
     Raises:
         ChildProcessError: it failed; the message has its last words.
