@@ -591,7 +591,7 @@ Floats RunAttend(const Floats& q, const Floats& k, const Floats& v, int hidden,
   AlignedBuffer<float> kv, scores;
   kv.ReserveZeroed(heads * head_size);
   scores.ReserveZeroed(size_t{kScoreRows} * RoundUp(len, kPad));
-  std::vector<uint32_t> path(len);
+  std::vector<uint32_t> path(len), fresh(2 * len);
   for (int j = 0; j < len; ++j) {
     path[j] = static_cast<uint32_t>((len - 1 - j) * 2 * stride);
     for (int h = 0; h < heads; ++h) {
@@ -622,6 +622,7 @@ Floats RunAttend(const Floats& q, const Floats& k, const Floats& v, int hidden,
                        .scale = 1.0f / std::sqrt(static_cast<float>(dim)),
                        .scores = scores.data(),
                        .scores_size = scores.size() / kScoreRows,
+                       .fresh = fresh.data(),
                        .out = out.data(),
                        .out_stride = width});
   Floats result({2, heads, dim});

@@ -43,8 +43,10 @@ void Decoder::Reserve(int max_nodes, int max_path) {
   for (auto& layer : kv_) {
     layer.Reserve(max_nodes_ * shape.num_heads * 2 * shape.head_stride());
   }
-  for (Scratch& scratch : scratch_)
+  for (Scratch& scratch : scratch_) {
     scratch.scores.ReserveZeroed(size_t{kScoreRows} * RoundUp(max_path, kPad));
+    scratch.fresh.Reserve(size_t{kMaxRows} * max_path);
+  }
 }
 
 void Decoder::Forward(const Pass& pass) {
@@ -140,6 +142,7 @@ int Decoder::SharedPath(int row) const {
 void Decoder::AttentionInput(int layer, int begin, int end, bool keys_only, Scratch& scratch) {
   const Layer& weights = model_.layers[layer];
   const int attn = model_.shape.attn_width();
+  PrefetchKeys(layer, begin, end);
   Normalise(weights.ln1_gamma, weights.ln1_beta, begin, end, scratch);
   Gemm(weights.kvq, keys_only ? 2 * attn : 3 * attn, scratch.normed.data(), model_.shape.width(),
        end - begin, scratch.kvq.data(), 3 * attn, false, scratch);
@@ -150,12 +153,23 @@ void Decoder::AttentionInput(int layer, int begin, int end, bool keys_only, Scra
   }
 }
 
+// Asks for the lines that StoreKeys will write, while the projection is computed.
+void Decoder::PrefetchKeys(int layer, int begin, int end) {
+  const Shape& shape = model_.shape;
+  for (int row = begin; row < end; ++row) {
+    for (int head = 0; head < shape.num_heads; ++head) {
+      const float* key = KeyOf(layer, head, row);
+      for (int i = 0; i < 2 * shape.head_stride(); i += 16) __builtin_prefetch(key + i, 1, 2);
+    }
+  }
+}
+
 // kv: keys of all heads, then values of all heads.
 void Decoder::StoreKeys(int layer, int row, const float* kv) {
   const Shape& shape = model_.shape;
   const size_t stride = shape.head_stride();
   for (int head = 0; head < shape.num_heads; ++head) {
-    float* out = kv_[layer].data() + (head * max_nodes_ + pass_->node[row]) * 2 * stride;
+    float* out = KeyOf(layer, head, row);
     CopyLanes(kv + head * stride, stride, out);
     CopyLanes(kv + shape.attn_width() + head * stride, stride, out + stride);
   }
@@ -179,6 +193,7 @@ void Decoder::AttentionOutput(int layer, int begin, int end, Scratch& scratch) {
                      .scale = 1.0f / std::sqrt(static_cast<float>(shape.head_dim())),
                      .scores = scratch.scores.data(),
                      .scores_size = scratch.scores.size() / kScoreRows,
+                     .fresh = scratch.fresh.data(),
                      .out = scratch.attended.data(),
                      .out_stride = static_cast<size_t>(attn)});
   scratch.attention_seconds += SecondsSince(start);

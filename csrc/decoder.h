@@ -47,6 +47,7 @@ class Decoder {
     AlignedBuffer<float> attended;  // (attn_width)
     AlignedBuffer<float> hidden;    // (hidden_width)
     AlignedBuffer<float> scores;    // (kScoreRows, longest path)
+    AlignedBuffer<uint32_t> fresh;  // (kMaxRows * longest path) AttendArgs::fresh
     AlignedBuffer<uint16_t> rounded;
     double gemm_seconds = 0.0;
     double attention_seconds = 0.0;
@@ -61,6 +62,7 @@ class Decoder {
   void Embed(int begin, int end);
   int SharedPath(int row) const;
   void AttentionInput(int layer, int begin, int end, bool keys_only, Scratch& scratch);
+  void PrefetchKeys(int layer, int begin, int end);
   void StoreKeys(int layer, int row, const float* kv);
   void AttentionOutput(int layer, int begin, int end, Scratch& scratch);
   void Mlp(int layer, int begin, int end, Scratch& scratch);
@@ -72,6 +74,11 @@ class Decoder {
                  int end, Scratch& scratch);
   float* RowOf(AlignedBuffer<float>& buffer, int row, int width) {
     return buffer.data() + static_cast<size_t>(row) * width;
+  }
+  // Key and value of a row's node, beside each other.
+  float* KeyOf(int layer, int head, int row) {
+    const size_t node = head * max_nodes_ + pass_->node[row];
+    return kv_[layer].data() + node * 2 * model_.shape.head_stride();
   }
   void Count(const Pass& pass);
 

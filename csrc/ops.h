@@ -18,7 +18,7 @@ inline constexpr int kPad = 32;
 inline constexpr int kHeadPad = 16;
 // Rows whose attention scores are held at once; even, as rows go in pairs.
 inline constexpr int kScoreRows = 8;
-// Most rows that one call of `gemm` takes.
+// Most rows that one call of `gemm` or `attend` takes.
 inline constexpr int kMaxRows = 96;
 
 constexpr int RoundUp(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -36,7 +36,7 @@ struct MatrixView {
 
 // Queries of some rows over the keys of their ancestors.
 struct AttendArgs {
-  int rows;
+  int rows;        // at most kMaxRows
   const float* q;  // (rows, q_stride), of which (num_heads, head_stride) are used
   size_t q_stride;
   // (num_heads, head_size): of each head, one node's key and value beside each other, so that the
@@ -51,6 +51,7 @@ struct AttendArgs {
   float scale;         // 1 / sqrt(head_dim)
   float* scores;       // scratch (kScoreRows, scores_size)
   size_t scores_size;  // at least RoundUp(longest len, kPad)
+  uint32_t* fresh;     // scratch (rows * longest len)
   float* out;          // (rows, out_stride)
   size_t out_stride;
 };

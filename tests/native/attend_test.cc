@@ -66,6 +66,7 @@ std::vector<float> RunAttend(const Ops& ops, const AttendCase& test, int begin, 
   const int longest = *std::max_element(test.lens.begin(), test.lens.end());
   const size_t scores_size = RoundUp(longest, kPad);
   std::vector<float> scores(kScoreRows * scores_size), out((end - begin) * test.width, kGuard);
+  std::vector<uint32_t> fresh((end - begin) * longest);
   AttendArgs args{};
   args.rows = end - begin;
   args.q = &test.q[begin * test.width];
@@ -80,6 +81,7 @@ std::vector<float> RunAttend(const Ops& ops, const AttendCase& test, int begin, 
   args.scale = static_cast<float>(test.scale());
   args.scores = scores.data();
   args.scores_size = scores_size;
+  args.fresh = fresh.data();
   args.out = out.data();
   args.out_stride = test.width;
   ops.attend(args);
