@@ -587,17 +587,17 @@ Floats RunAttend(const Floats& q, const Floats& k, const Floats& v, int hidden,
   }
   // nodes in reverse order, so that a path is more than 0, 1, 2
   InRange("hidden", hidden, 0, len - 1);
-  const size_t head_size = static_cast<size_t>(len) * 2 * stride;
+  const size_t head_size = static_cast<size_t>(len) * stride;
   AlignedBuffer<float> kv, scores;
-  kv.ReserveZeroed(heads * head_size);
+  kv.ReserveZeroed(heads * 2 * head_size);
   scores.ReserveZeroed(size_t{kScoreRows} * RoundUp(len, kPad));
   std::vector<uint32_t> path(len), fresh(2 * len);
   for (int j = 0; j < len; ++j) {
-    path[j] = static_cast<uint32_t>((len - 1 - j) * 2 * stride);
+    path[j] = static_cast<uint32_t>((len - 1 - j) * stride);
     for (int h = 0; h < heads; ++h) {
-      float* out = kv.data() + h * head_size + path[j];
+      float* out = kv.data() + 2 * h * head_size + path[j];
       std::copy_n(k.data(j, h, 0), dim, out);
-      std::copy_n(v.data(j, h, 0), dim, out + stride);
+      std::copy_n(v.data(j, h, 0), dim, out + head_size);
     }
   }
   const size_t width = static_cast<size_t>(heads) * stride;

@@ -159,7 +159,10 @@ void Decoder::PrefetchKeys(int layer, int begin, int end) {
   for (int row = begin; row < end; ++row) {
     for (int head = 0; head < shape.num_heads; ++head) {
       const float* key = KeyOf(layer, head, row);
-      for (int i = 0; i < 2 * shape.head_stride(); i += 16) __builtin_prefetch(key + i, 1, 2);
+      for (int i = 0; i < shape.head_stride(); i += 16) {
+        __builtin_prefetch(key + i, 1, 2);
+        __builtin_prefetch(key + head_size() + i, 1, 2);
+      }
     }
   }
 }
@@ -169,9 +172,9 @@ void Decoder::StoreKeys(int layer, int row, const float* kv) {
   const Shape& shape = model_.shape;
   const size_t stride = shape.head_stride();
   for (int head = 0; head < shape.num_heads; ++head) {
-    float* out = KeyOf(layer, head, row);
-    CopyLanes(kv + head * stride, stride, out);
-    CopyLanes(kv + shape.attn_width() + head * stride, stride, out + stride);
+    float* key = KeyOf(layer, head, row);
+    CopyLanes(kv + head * stride, stride, key);
+    CopyLanes(kv + shape.attn_width() + head * stride, stride, key + head_size());
   }
 }
 
@@ -184,7 +187,7 @@ void Decoder::AttentionOutput(int layer, int begin, int end, Scratch& scratch) {
                      .q = pass_->chained ? RowOf(q_, begin, attn) : scratch.kvq.data() + 2 * attn,
                      .q_stride = static_cast<size_t>(pass_->chained ? attn : 3 * attn),
                      .kv = kv_[layer].data(),
-                     .head_size = max_nodes_ * 2 * stride,
+                     .head_size = head_size(),
                      .paths = pass_->path.data() + begin,
                      .lens = pass_->path_len.data() + begin,
                      .shared = shared_.data() + begin,

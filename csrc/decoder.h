@@ -75,10 +75,12 @@ class Decoder {
   float* RowOf(AlignedBuffer<float>& buffer, int row, int width) {
     return buffer.data() + static_cast<size_t>(row) * width;
   }
-  // Key and value of a row's node, beside each other.
+  // Of all nodes, keys or values of one head.
+  size_t head_size() const { return max_nodes_ * model_.shape.head_stride(); }
+  // The key of a row's node; its value is head_size() further.
   float* KeyOf(int layer, int head, int row) {
-    const size_t node = head * max_nodes_ + pass_->node[row];
-    return kv_[layer].data() + node * 2 * model_.shape.head_stride();
+    const size_t node = pass_->node[row];
+    return kv_[layer].data() + 2 * head * head_size() + node * model_.shape.head_stride();
   }
   void Count(const Pass& pass);
 
@@ -86,7 +88,7 @@ class Decoder {
   ThreadPool& pool_;
   const Pass* pass_ = nullptr;
   size_t max_nodes_ = 0;
-  std::vector<AlignedBuffer<float>> kv_;  // a layer: (num_heads, max_nodes, 2, head_stride)
+  std::vector<AlignedBuffer<float>> kv_;  // a layer: (num_heads, 2, max_nodes, head_stride)
   AlignedBuffer<float> h_;                // (rows, width) residual stream
   AlignedBuffer<float> q_;                // (rows, attn_width)
   std::vector<int32_t> shared_;           // (rows) AttendArgs::shared

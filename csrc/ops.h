@@ -39,8 +39,8 @@ struct AttendArgs {
   int rows;        // at most kMaxRows
   const float* q;  // (rows, q_stride), of which (num_heads, head_stride) are used
   size_t q_stride;
-  // (num_heads, head_size): of each head, one node's key and value beside each other, so that the
-  // ancestors of a row are spread over all sets of the first cache
+  // (num_heads, 2, head_size): of each head all nodes' keys, then their values. (A node's two
+  // beside each other would leave half of the first cache's sets to each.)
   const float* kv;
   size_t head_size;
   const uint32_t* const* paths;  // (rows) of (len) offsets of nodes in kv

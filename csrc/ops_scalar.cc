@@ -71,7 +71,7 @@ void Softmax(const float* x, int n, float* probs) {
 void AttendRow(const AttendArgs& args, int r, int head) {
   const uint32_t* path = args.paths[r];
   const float* q = args.q + r * args.q_stride + head * args.head_stride;
-  const float* keys = args.kv + head * args.head_size;
+  const float* keys = args.kv + 2 * head * args.head_size;
   for (int j = 0; j < args.lens[r]; ++j) {
     float dot = 0.0f;
     for (int i = 0; i < args.head_stride; ++i) dot += q[i] * keys[path[j] + i];
@@ -81,7 +81,7 @@ void AttendRow(const AttendArgs& args, int r, int head) {
   for (int i = 0; i < args.head_stride; ++i) {
     float sum = 0.0f;
     for (int j = 0; j < args.lens[r]; ++j) {
-      sum += args.scores[j] * keys[path[j] + args.head_stride + i];
+      sum += args.scores[j] * keys[args.head_size + path[j] + i];
     }
     args.out[r * args.out_stride + head * args.head_stride + i] = sum;
   }

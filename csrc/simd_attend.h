@@ -14,7 +14,7 @@ inline Vec DotVecs(const Vec (&q)[kVecs], const float* key) {
 
 // ---- attention: memory ----
 //
-// Most of a plan's keys and values are one row's alone, too many for the second cache, and all over
+// Half of a plan's keys and values are one row's alone, too many for the second cache, and all over
 // the place. So each step of a pair of rows asks for a few nodes of the next pair: memory works
 // while we compute. (All requests at once would be no faster than none: only so many can wait.)
 
@@ -56,7 +56,7 @@ struct Prefetcher {
     for (; next < stop; ++next) {
       const char* node = reinterpret_cast<const char*>(base + *next);
       UNROLL for (size_t i = 0; i < kVecs * kWidth * sizeof(float); i += 64) {
-        __builtin_prefetch(node + i, 0, 2);
+        __builtin_prefetch(node + i, 0, 3);
       }
     }
   }
@@ -208,8 +208,8 @@ template <int kVecs>
 inline void AttendBlock(const AttendArgs& args, const FreshNodes& fresh, int head, int r,
                         int num_rows) {
   const int column = head * args.head_stride;
-  const float* keys = args.kv + head * args.head_size;
-  const float* values = keys + args.head_stride;
+  const float* keys = args.kv + 2 * head * args.head_size;
+  const float* values = keys + args.head_size;
   const float* q = args.q + r * args.q_stride + column;
   float* out = args.out + r * args.out_stride + column;
   const uint32_t* const* paths = args.paths + r;
@@ -263,7 +263,7 @@ void AttendHeads(const AttendArgs& args) {
 // Heads of other widths, a vector at a time.
 void AttendWide(const AttendArgs& args) {
   for (int head = 0; head < args.num_heads; ++head) {
-    const float* keys = args.kv + head * args.head_size;
+    const float* keys = args.kv + 2 * head * args.head_size;
     for (int r = 0; r < args.rows; ++r) {
       const uint32_t* path = args.paths[r];
       const int len = args.lens[r];
@@ -280,7 +280,7 @@ void AttendWide(const AttendArgs& args) {
       for (int i = 0; i < args.head_stride; i += kWidth) {
         Chains<1> chains;
         for (auto& sums : chains.sums) sums[0] = Vec(0.0f);
-        const float* values = keys + args.head_stride + i;
+        const float* values = keys + args.head_size + i;
         Prefetcher<1> none;
         StoreTotal<1>(AddValues<1>(chains, args.scores, values, path, 0, len, none), scale,
                       out + i);

@@ -46,15 +46,16 @@ struct AttendCase {
     std::vector<uint32_t> path;
     if (num_shared > 0) path.assign(paths.back().begin(), paths.back().begin() + num_shared);
     for (int node : random.Permutation(num_nodes)) {
-      const uint32_t offset = static_cast<uint32_t>(node * 2 * stride);
+      const uint32_t offset = static_cast<uint32_t>(node * stride);
       if (static_cast<int>(path.size()) == len) break;
       if (std::find(path.begin(), path.end(), offset) == path.end()) path.push_back(offset);
     }
     paths.push_back(path);
   }
 
+  size_t head_size() const { return size_t(num_nodes) * stride; }
   const float* Key(int row, int head, int j) const {
-    return &kv[size_t(head) * num_nodes * 2 * stride + paths[row][j]];
+    return &kv[2 * head * head_size() + paths[row][j]];
   }
   double scale() const { return 1.0 / std::sqrt(static_cast<double>(head_dim)); }
 };
@@ -72,7 +73,7 @@ std::vector<float> RunAttend(const Ops& ops, const AttendCase& test, int begin, 
   args.q = &test.q[begin * test.width];
   args.q_stride = test.width;
   args.kv = test.kv.data();
-  args.head_size = size_t(test.num_nodes) * 2 * test.stride;
+  args.head_size = test.head_size();
   args.paths = &paths[begin];
   args.lens = &test.lens[begin];
   args.shared = &test.shared[begin];
@@ -109,7 +110,7 @@ void CheckAttendHead(const AttendCase& test, const std::vector<float>& out, int 
   for (int i = 0; i < test.stride; ++i) {
     double want = 0.0, size = 0.0;
     for (int j = 0; j < len; ++j) {
-      const double product = weights[j] * test.Key(row, head, j)[test.stride + i];
+      const double product = weights[j] * test.Key(row, head, j)[test.head_size() + i];
       want += product;
       size += std::abs(product);
     }
