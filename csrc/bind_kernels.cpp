@@ -1,0 +1,211 @@
+// The kernels for Python: what tests compare and `tt-fast bench` measures.
+#include <pybind11/stl.h>
+
+#include <chrono>
+#include <cmath>
+#include <string>
+#include <vector>
+
+#include "aligned_buffer.h"
+#include "binding_checks.h"
+#include "isa.h"
+#include "model.h"
+#include "ops.h"
+#include "thread_pool.h"
+
+namespace tt {
+namespace {
+
+std::vector<std::string> IsaNames() {
+  std::vector<std::string> names;
+  for (const Ops* ops : AvailableOps()) names.push_back(ops->name);
+  return names;
+}
+
+int Rows(const Floats& x) {
+  if (x.ndim() != 2 || x.shape(0) < 1 || x.shape(1) < 1 || x.size() > (1 << 28)) {
+    Refuse("x", "a matrix", "shape " + ShapeText(x));
+  }
+  return static_cast<int>(x.shape(0));
+}
+
+int Cols(const Floats& x) { return static_cast<int>(x.shape(1)); }
+
+// (rows, cols) in rows of `padded` numbers, zero behind each.
+AlignedBuffer<float> PadRows(const Floats& x, int padded) {
+  AlignedBuffer<float> out;
+  out.ReserveZeroed(static_cast<size_t>(x.shape(0)) * padded);
+  for (py::ssize_t r = 0; r < x.shape(0); ++r) {
+    std::copy_n(x.data(r, 0), x.shape(1), out.data() + r * padded);
+  }
+  return out;
+}
+
+Floats CutRows(const AlignedBuffer<float>& x, int rows, int cols, int padded) {
+  Floats out({rows, cols});
+  for (int r = 0; r < rows; ++r) {
+    std::copy_n(x.data() + static_cast<size_t>(r) * padded, cols, out.mutable_data(r, 0));
+  }
+  return out;
+}
+
+Floats RunGemm(const Floats& x, const Floats& weight, const Floats& bias, const std::string& dtype,
+               const std::string& isa) {
+  const Ops& ops = FindOps(isa);
+  const int rows = InRange("rows", Rows(x), 1, kMaxRows), k = Cols(x), n = Rows(weight);
+  if (Cols(weight) != k) Refuse("weight", "(n, " + Text(k) + ")", ShapeText(weight));
+  if (bias.ndim() != 1 || bias.shape(0) != n) Refuse("bias", Text(n) + " numbers", ShapeText(bias));
+  const int padded_k = RoundUp(k, kPad), padded_n = RoundUp(n, kPad);
+  PackedMatrix packed(padded_k, padded_n, ops.panel_width, IsBf16(dtype));
+  for (int col = 0; col < n; ++col) {
+    for (int i = 0; i < k; ++i) packed.Set(i, col, weight.at(col, i));
+    packed.SetBias(col, bias.at(col));
+  }
+  const AlignedBuffer<float> a = PadRows(x, padded_k);
+  AlignedBuffer<float> c(static_cast<size_t>(rows) * padded_n);
+  AlignedBuffer<uint16_t> scratch(static_cast<size_t>(rows) * padded_k);
+  ops.gemm(packed.view(), padded_n, a.data(), padded_k, rows, c.data(), padded_n, false,
+           scratch.data());
+  return CutRows(c, rows, n, padded_n);
+}
+
+Floats RunGelu(const Floats& x, const std::string& isa) {
+  const int rows = Rows(x), padded = RoundUp(Cols(x), kPad);
+  AlignedBuffer<float> out = PadRows(x, padded);
+  FindOps(isa).gelu(out.data(), out.size());
+  return CutRows(out, rows, Cols(x), padded);
+}
+
+Floats RunSoftmax(const Floats& x, const std::string& isa) {
+  const Ops& ops = FindOps(isa);
+  const int rows = Rows(x), padded = RoundUp(Cols(x), kPad);
+  const AlignedBuffer<float> in = PadRows(x, padded);
+  AlignedBuffer<float> out(in.size());
+  for (int r = 0; r < rows; ++r)
+    ops.softmax(in.data() + r * padded, Cols(x), out.data() + r * padded);
+  return CutRows(out, rows, Cols(x), padded);
+}
+
+Floats RunLayerNorm(const Floats& x, const Floats& gamma, const Floats& beta,
+                    const std::string& isa) {
+  const Ops& ops = FindOps(isa);
+  const int rows = Rows(x), padded = RoundUp(Cols(x), kPad);
+  if (gamma.size() != Cols(x) || beta.size() != Cols(x)) {
+    Refuse("gamma, beta", Text(Cols(x)) + " numbers", ShapeText(gamma) + ", " + ShapeText(beta));
+  }
+  const AlignedBuffer<float> in = PadRows(x, padded);
+  AlignedBuffer<float> g, b, out(in.size());
+  g.ReserveZeroed(padded);
+  b.ReserveZeroed(padded);
+  std::copy_n(gamma.data(), Cols(x), g.data());
+  std::copy_n(beta.data(), Cols(x), b.data());
+  for (int r = 0; r < rows; ++r) {
+    ops.layer_norm(in.data() + r * padded, g.data(), b.data(), Cols(x), out.data() + r * padded);
+  }
+  return CutRows(out, rows, Cols(x), padded);
+}
+
+// Two queries (2, heads, head_dim) over keys and values (len, heads, head_dim), of which the second
+// query sees all but the last `hidden` ones.
+Floats RunAttend(const Floats& q, const Floats& k, const Floats& v, int hidden,
+                 const std::string& isa) {
+  if (q.ndim() != 3 || q.shape(0) != 2) Refuse("q", "(2, heads, head_dim)", ShapeText(q));
+  const int heads = static_cast<int>(InRange<py::ssize_t>("heads", q.shape(1), 1, 1 << 10));
+  const int dim = static_cast<int>(InRange<py::ssize_t>("head_dim", q.shape(2), 1, 1 << 10));
+  const int stride = RoundUp(dim, kHeadPad);
+  if (k.ndim() != 3 || v.ndim() != 3 || k.shape(0) < 1)
+    Refuse("k, v", "3 dimensions", ShapeText(k));
+  const int len = static_cast<int>(InRange<py::ssize_t>("len", k.shape(0), 1, 1 << 20));
+  for (const Floats* x : {&k, &v}) {
+    if (x->shape(0) != len || x->shape(1) != heads || x->shape(2) != dim) {
+      Refuse("k, v", "(len, heads, head_dim) of q", ShapeText(*x));
+    }
+  }
+  // nodes in reverse order, so that a path is more than 0, 1, 2
+  InRange("hidden", hidden, 0, len - 1);
+  const size_t head_size = static_cast<size_t>(len) * stride;
+  AlignedBuffer<float> kv, scores;
+  kv.ReserveZeroed(heads * 2 * head_size);
+  scores.ReserveZeroed(size_t{kScoreRows} * RoundUp(len, kPad));
+  std::vector<uint32_t> path(len), fresh(2 * len);
+  for (int j = 0; j < len; ++j) {
+    path[j] = static_cast<uint32_t>((len - 1 - j) * stride);
+    for (int h = 0; h < heads; ++h) {
+      float* out = kv.data() + 2 * h * head_size + path[j];
+      std::copy_n(k.data(j, h, 0), dim, out);
+      std::copy_n(v.data(j, h, 0), dim, out + head_size);
+    }
+  }
+  const size_t width = static_cast<size_t>(heads) * stride;
+  AlignedBuffer<float> query, out(2 * width);
+  query.ReserveZeroed(2 * width);
+  for (int r = 0; r < 2; ++r) {
+    for (int h = 0; h < heads; ++h)
+      std::copy_n(q.data(r, h, 0), dim, &query[r * width + h * stride]);
+  }
+  const uint32_t* paths[] = {path.data(), path.data()};
+  const int32_t lens[] = {len, len - hidden}, shared[] = {0, len - hidden};
+  FindOps(isa).attend({.rows = 2,
+                       .q = query.data(),
+                       .q_stride = width,
+                       .kv = kv.data(),
+                       .head_size = head_size,
+                       .paths = paths,
+                       .lens = lens,
+                       .shared = shared,
+                       .num_heads = heads,
+                       .head_stride = stride,
+                       .scale = 1.0f / std::sqrt(static_cast<float>(dim)),
+                       .scores = scores.data(),
+                       .scores_size = scores.size() / kScoreRows,
+                       .fresh = fresh.data(),
+                       .out = out.data(),
+                       .out_stride = width});
+  Floats result({2, heads, dim});
+  for (int r = 0; r < 2; ++r) {
+    for (int h = 0; h < heads; ++h) {
+      std::copy_n(&out[r * width + h * stride], dim, result.mutable_data(r, h, 0));
+    }
+  }
+  return result;
+}
+
+// GFLOP/s of all threads together: of multiply-adds in registers, the ceiling of everything else.
+double PeakGflops(const std::string& dtype, int num_threads, double seconds,
+                  const std::string& isa) {
+  const Ops& ops = FindOps(isa);
+  const bool bf16 = IsBf16(dtype);
+  ThreadPool pool(InRange("num_threads", num_threads, 1, 1024));
+  InRange("seconds", seconds, 0.0, 60.0);
+  const py::gil_scoped_release no_gil;  // nothing of Python is touched
+  using Clock = std::chrono::steady_clock;
+  const auto since = [](Clock::time_point begin) {
+    return std::chrono::duration<double>(Clock::now() - begin).count();
+  };
+  std::vector<double> rates(pool.num_threads());
+  pool.Run(pool.num_threads(), [&](int task, int) {
+    const auto begin = Clock::now();
+    double flops = 0.0;
+    do flops += ops.peak_loop(20000, bf16);
+    while (since(begin) < seconds);
+    rates[task] = flops / since(begin) * 1e-9;
+  });
+  double total = 0.0;
+  for (double rate : rates) total += rate;
+  return total;
+}
+
+}  // namespace
+
+void BindKernels(py::module_& m) {
+  using namespace py::literals;
+  m.def("isas", &IsaNames);
+  m.def("gemm", &RunGemm, "x"_a, "weight"_a, "bias"_a, "dtype"_a, "isa"_a);
+  m.def("gelu", &RunGelu, "x"_a, "isa"_a);
+  m.def("softmax", &RunSoftmax, "x"_a, "isa"_a);
+  m.def("layer_norm", &RunLayerNorm, "x"_a, "gamma"_a, "beta"_a, "isa"_a);
+  m.def("attend", &RunAttend, "q"_a, "k"_a, "v"_a, "hidden"_a, "isa"_a);
+  m.def("peak_gflops", &PeakGflops, "dtype"_a, "num_threads"_a, "seconds"_a, "isa"_a);
+}
+
+}  // namespace tt
