@@ -4,7 +4,6 @@
 #include <pybind11/stl.h>
 
 #include <atomic>
-#include <chrono>
 #include <cmath>
 #include <memory>
 #include <mutex>
@@ -17,7 +16,6 @@
 #include "binding_checks.h"
 #include "isa.h"
 #include "model.h"
-#include "thread_pool.h"
 
 namespace py = pybind11;
 using namespace py::literals;
