@@ -13,9 +13,22 @@ import pytest
 import torch
 from hypothesis import settings
 
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:  # before triton is imported: kernels run in its interpreter, on the processor
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # Property tests draw the same examples in every run and have no deadline on a busy machine.
 settings.register_profile("tt_fast", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("tt_fast")
+
+
+@pytest.fixture
+def quick_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter does not check every addition for overflow; twice as fast."""
+    from triton.runtime import interpreter
+
+    options = interpreter.InterpreterOptions(sanitize_overflow=False)
+    monkeypatch.setattr(interpreter.interpreter_builder, "options", options)
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +37,8 @@ def _seed_torch() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["reference", "torch", "cpu"])
+# in the interpreter, tests/test_cuda.py and a few golden plans do for "cuda"
+@pytest.fixture(params=["reference", "torch", "cpu", *(["cuda"] if HAS_GPU else [])])
 def backend(request: pytest.FixtureRequest) -> str:
     """Every backend of `beam_plan` and `beam_search`; all must equal the golden files."""
     name: str = request.param

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,32 +15,32 @@ import torch
 from near_ties import Case, first_split, score_error
 
 from tt_fast import Discretizer, ModelConfig, PlanConfig, TrajectoryTransformer
-from tt_fast.planning.base import BeamPlan, Draws
+from tt_fast.planning.base import BeamPlan, Draws, PlanBackend
 from tt_fast.planning.cpu import CpuBackend, available_isas
 from tt_fast.planning.reference import ReferenceBackend
 
 Generator = np.random.Generator
+MakeBackend = Callable[[TrajectoryTransformer, Discretizer, Generator], PlanBackend]
 
 
-def compare_plans(seed: int) -> str:
-    """One random case on the cpu backend: "equal" or "near-tie".
+def compare_plans(seed: int, make_backend: MakeBackend | None = None, **changes: Any) -> str:
+    """One random case on the cpu backend, or another one: "equal" or "near-tie".
+
+    Args:
+        seed: of the case.
+        make_backend: from a model, a discretizer and a generator; None: `random_cpu_backend`.
+        changes: sizes of the model.
 
     Raises:
         AssertionError: a difference that rounding does not explain.
     """
     rng = np.random.default_rng(seed)
-    model = random_model(rng)
+    model = random_model(rng, **changes)
     discretizer = random_discretizer(rng, model.config)
     config = random_plan_config(rng, model.config)
     contexts = random_contexts(rng, model.config, config)
     draws = random_draws(rng, model.config, config, len(contexts))
-    isas = available_isas()
-    backend = CpuBackend(
-        model,
-        discretizer,
-        num_threads=int(rng.choice([1, 2, 7])),
-        isa=str(rng.choice(isas)),
-    )
+    backend = (make_backend or random_cpu_backend)(model, discretizer, rng)
     want = ReferenceBackend(model, discretizer).plan(contexts, config, draws, trace=True)
     got = backend.plan(contexts, config, draws, trace=True)
     outcomes = [
@@ -77,6 +78,14 @@ def _compare_context(
         np.testing.assert_allclose(got.rewards[i], want.rewards[i], atol=atol)
         np.testing.assert_allclose(got.values[i], want.values[i], atol=atol)
     return "equal"
+
+
+def random_cpu_backend(
+    model: TrajectoryTransformer, discretizer: Discretizer, rng: Generator
+) -> PlanBackend:
+    """Any number of threads, any instruction set."""
+    num_threads, isa = int(rng.choice([1, 2, 7])), str(rng.choice(available_isas()))
+    return CpuBackend(model, discretizer, num_threads=num_threads, isa=isa)
 
 
 # --- what is random -------------------------------------------------------------------------------

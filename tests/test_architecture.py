@@ -22,7 +22,7 @@ PACKAGE = ROOT / "tt_fast"
 LAYERS = (
     {"config", "files", "validate"},
     {"data", "discretizer"},
-    {"model"},
+    {"kernels", "model"},
     {"checkpoint", "losses", "metrics", "optimizer", "train", "training_state"},
     {"planning"},
     {"collect", "envs", "evaluate", "plots", "results", "video"},

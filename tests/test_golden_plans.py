@@ -79,6 +79,11 @@ def test_greedy_plans(shape: str, num_past: int, backend: str) -> None:
     np.testing.assert_allclose(plan.scores[0], best[-1], atol=atol)
 
 
+@pytest.mark.usefixtures("quick_interpreter")
+def test_a_greedy_plan_of_the_kernels() -> None:
+    test_greedy_plans("odd", 6, "cuda")
+
+
 def greedy_config(golden: Golden) -> PlanConfig:
     return PlanConfig(**shared_settings(golden), k_act=1, k_obs=1, k_rew=1, cdf_act=None)
 
@@ -117,6 +122,14 @@ def test_plans_driven_by_uniforms(name: str, backend: str) -> None:
     )
     np.testing.assert_array_equal(only(plan).parents, golden["inds"])
     assert_equals_recording(plan, golden, STOCHASTIC[name])
+
+
+@pytest.mark.usefixtures("quick_interpreter")
+@pytest.mark.parametrize(
+    "name", ["plan_stoch_odd_crop_krewNone", "plan_stoch_hopper_p09_beam2_notie"]
+)
+def test_plans_of_the_kernels_driven_by_uniforms(name: str) -> None:
+    test_plans_driven_by_uniforms(name, "cuda")
 
 
 def test_plan_with_tied_scores() -> None:

@@ -13,14 +13,14 @@ from numpy.typing import ArrayLike
 from tt_fast.config import DEFAULT_DISCOUNT, ModelConfig, PlanConfig
 from tt_fast.discretizer import Discretizer, Floats, Tokens
 from tt_fast.model import TrajectoryTransformer
-from tt_fast.planning import cpu
+from tt_fast.planning import cpu, cuda
 from tt_fast.planning.base import BeamPlan, BeamSequence, Draws, PlanBackend, ValueFn
 from tt_fast.planning.cached import TorchBackend
 from tt_fast.planning.reference import ReferenceBackend
 from tt_fast.validate import require, require_choice, require_int, require_number
 
 #: Names of the backends; "auto" stands for the fastest one that works.
-BACKENDS = ("reference", "torch", "cpu")
+BACKENDS = ("reference", "torch", "cpu", "cuda")
 
 
 def make_backend(
@@ -32,8 +32,8 @@ def make_backend(
 ) -> PlanBackend:
     """The planning backend of that name.
 
-    "auto" takes `cpu` for a model on the processor and `torch` for one elsewhere, or where the C++
-    core was not built, which it warns of.
+    "auto" takes `cpu` for a model on the processor, `cuda` for one on a GPU that can run it, and
+    `torch` elsewhere, or where the C++ core was not built, which it warns of.
 
     Args:
         num_threads: of the cpu backend; None takes every processor this process may use. The
@@ -42,6 +42,7 @@ def make_backend(
     Raises:
         ValueError: an unknown name, or a discretizer that does not fit the model.
         ImportError: "cpu" without the C++ core.
+        RuntimeError: "cuda" without a GPU that can run it, or without triton.
     """
     require_choice("backend", name, ("auto", *BACKENDS))
     if num_threads is not None:
@@ -54,13 +55,14 @@ def make_backend(
         name = _fastest_backend(model)
     if name == "cpu":
         return cpu.CpuBackend(model, discretizer, num_threads=num_threads)
-    backend = TorchBackend if name == "torch" else ReferenceBackend
-    return backend(model, discretizer)
+    backends = {"cuda": cuda.CudaBackend, "torch": TorchBackend, "reference": ReferenceBackend}
+    return backends[name](model, discretizer)
 
 
 def _fastest_backend(model: TrajectoryTransformer) -> str:
     if model.pos_emb.device.type != "cpu":
-        return "torch"
+        on_gpu = model.pos_emb.device.type == "cuda"
+        return "cuda" if on_gpu and cuda.why_unavailable() is None else "torch"
     if not cpu.is_available():
         warnings.warn(
             "tt_fast was installed without its C++ planner (no compiler?); planning with PyTorch, "
@@ -95,7 +97,7 @@ def beam_plan(
         contexts: (num_contexts, context_len) tokens, or a sequence of 1-D arrays of different
             lengths; each is past transitions, then the current observation.
         plan_config: default `PlanConfig()`; a discount of None means 0.99.
-        backend: "reference", "torch", "cpu" or "auto", see `make_backend`.
+        backend: "reference", "torch", "cpu", "cuda" or "auto", see `make_backend`.
         seed: context i draws with seed + i.
         plan_index: index of the plan among those of a seed.
         uniforms: (num_contexts, num_draws, beam_width * n_expand) in [0, 1), used instead of the
@@ -157,7 +159,7 @@ def beam_search(
         top_k: keep only so many candidates of each distribution.
         cdf: remove this mass of the least likely candidates.
         temperature: divides the logits.
-        backend: "reference", "torch", "cpu" or "auto", see `make_backend`.
+        backend: "reference", "torch", "cpu", "cuda" or "auto", see `make_backend`.
 
     Raises:
         ValueError: an argument of the wrong shape, type or range.

@@ -1,0 +1,223 @@
+"""The GPU backend, in Triton's interpreter where there is no GPU: the reference's plans."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fuzz import compare_plans, random_discretizer, random_model
+from numpy.typing import NDArray
+from tiny import ACTION_DIM, NUM_BINS, OBSERVATION_DIM, tiny_discretizer, tiny_model
+
+from tt_fast import Discretizer, PlanConfig, TrajectoryTransformer, beam_plan
+from tt_fast.kernels import segment
+from tt_fast.planning import BeamPlan, cuda, make_backend
+from tt_fast.planning.base import Draws
+from tt_fast.planning.cuda import CudaBackend
+from tt_fast.planning.reference import ReferenceBackend
+
+D = OBSERVATION_DIM + ACTION_DIM + 2
+CONFIG = PlanConfig(3, 3, 2, max_context_transitions=2, discount=0.9, cdf_act=None, temperature=2.0)
+
+pytestmark = pytest.mark.usefixtures("quick_interpreter")
+
+
+def model_and_discretizer(
+    seed: int = 0, **changes: Any
+) -> tuple[TrajectoryTransformer, Discretizer]:
+    """So many bins that no two candidates are the same, whose order would be rounding's."""
+    rng = np.random.default_rng(seed)
+    sizes = {"observation_dim": OBSERVATION_DIM, "action_dim": ACTION_DIM, "vocab_size": 30}
+    sizes |= {"num_transitions": 4, "num_layers": 2, "num_heads": 2, "embed_dim": 16}
+    model = random_model(rng, **(sizes | changes))
+    return model, random_discretizer(rng, model.config)
+
+
+def context(num_past: int = 2, seed: int = 0) -> NDArray[np.int64]:
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, NUM_BINS, num_past * D + OBSERVATION_DIM)
+
+
+def draws(count: int = 1) -> Draws:
+    return Draws(tuple(range(7, 7 + count)), (0,) * count)
+
+
+def assert_same_tokens(got: BeamPlan, want: BeamPlan) -> None:
+    """Every draw, parent and beam."""
+    np.testing.assert_array_equal(got.tokens, want.tokens)
+    assert got.trace is not None
+    assert want.trace is not None
+    for ours, theirs in zip(got.trace, want.trace, strict=True):
+        for a, b in zip(ours.drawn, theirs.drawn, strict=True):
+            np.testing.assert_array_equal(a, b)
+        np.testing.assert_array_equal(ours.parents, theirs.parents)
+        np.testing.assert_array_equal(ours.beams, theirs.beams)
+
+
+# --- the reference's plans ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(13))
+def test_plans_equal_the_reference(seed: int) -> None:
+    small = {"num_layers": 1 + seed % 2, "vocab_size": 6 + seed}
+    outcome = compare_plans(
+        seed, lambda model, discretizer, _: CudaBackend(model, discretizer), **small
+    )
+    assert outcome in ("equal", "near-tie")
+
+
+def test_environments_at_different_times() -> None:
+    """Each has its own crops, both sides of them."""
+    contexts = [context(n, seed=n) for n in (0, 1, 4)]
+    model, discretizer = model_and_discretizer()
+    config = replace(CONFIG, max_context_transitions=3)
+    want = ReferenceBackend(model, discretizer).plan(contexts, config, draws(3), trace=True)
+    got = CudaBackend(model, discretizer).plan(contexts, config, draws(3), trace=True)
+    assert_same_tokens(got, want)
+
+
+def test_a_model_too_wide_for_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    run_layerwise = cuda_session_module().run_layerwise
+    monkeypatch.setattr(
+        cuda_session_module(), "run_layerwise", lambda *a: calls.append(1) or run_layerwise(*a)
+    )
+    model, discretizer = model_and_discretizer(num_layers=1, embed_dim=160, num_heads=5)
+    config = replace(CONFIG, horizon=2)
+    want = ReferenceBackend(model, discretizer).plan([context()], config, draws(), trace=True)
+    got = CudaBackend(model, discretizer).plan([context()], config, draws(), trace=True)
+    assert_same_tokens(got, want)
+    assert calls
+
+
+def cuda_session_module() -> Any:
+    from tt_fast.planning import cuda_session
+
+    return cuda_session
+
+
+def test_which_models_fit_one_program() -> None:
+    from tt_fast.planning.cuda_memory import model_shape
+
+    assert segment.fits_segment(model_shape(tiny_model().config, "ieee"))
+    wide = replace(tiny_model().config, embed_dim=160, num_heads=5)
+    assert not segment.fits_segment(model_shape(wide, "ieee"))
+    many_bins = replace(tiny_model().config, vocab_size=300)
+    assert not segment.fits_segment(model_shape(many_bins, "ieee"))
+
+
+# --- options --------------------------------------------------------------------------------------
+
+
+def test_value_fn_gets_raw_probabilities_and_decides() -> None:
+    seen: dict[str, list[Any]] = {"reference": [], "cuda": []}
+
+    def plan(backend: Any) -> BeamPlan:
+        def value_fn(probs: NDArray[np.float32]) -> Any:
+            seen[backend.name].append(probs)
+            return -probs[:, 0, :-1].argmax(-1), probs[:, 1].max(-1)
+
+        return backend.plan([context()], CONFIG, draws(), trace=True, value_fn=value_fn)
+
+    model, discretizer = model_and_discretizer()
+    want, got = (plan(make(model, discretizer)) for make in (ReferenceBackend, CudaBackend))
+    assert_same_tokens(got, want)
+    assert len(seen["cuda"]) == CONFIG.horizon
+    for ours, theirs in zip(seen["cuda"], seen["reference"], strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_changed_weights_are_seen() -> None:
+    model, discretizer = model_and_discretizer()
+    backend = CudaBackend(model, discretizer)
+    before = backend.plan([context()], CONFIG, draws(), trace=True)
+    model.load_state_dict(model_and_discretizer(1)[0].state_dict())
+    got = backend.plan([context()], CONFIG, draws(), trace=True)
+    want = ReferenceBackend(model, discretizer).plan([context()], CONFIG, draws(), trace=True)
+    assert_same_tokens(got, want)
+    assert not np.array_equal(before.tokens, got.tokens)
+
+
+def test_what_does_not_fit_is_planned_in_waves(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, discretizer = model_and_discretizer()
+    contexts, backend = [context(1, seed) for seed in range(3)], CudaBackend(model, discretizer)
+    together = backend.plan(contexts, CONFIG, draws(3), trace=True)
+    monkeypatch.setattr(CudaBackend, "_wave_size", lambda self, config, count: 2)
+    apart = backend.plan(contexts, CONFIG, draws(3), trace=True)
+    assert_same_tokens(apart, together)
+
+
+def test_a_search_that_cannot_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "MAX_INDEX", 100)
+    with pytest.raises(ValueError, match=r"beam_width: expected a search that fits the GPU, got"):
+        CudaBackend(tiny_model(), tiny_discretizer()).plan([context()], CONFIG, draws())
+
+
+def test_sessions_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "MAX_SESSIONS", 1)
+    backend = CudaBackend(tiny_model(), tiny_discretizer())
+    for horizon in (1, 2):
+        backend.plan([context(0)], replace(CONFIG, horizon=horizon), draws())
+    assert len(backend._sessions) == 1
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tf32"), [("float32", False), ("float32", True), ("bfloat16", False)]
+)
+def test_precision(dtype: Any, tf32: bool) -> None:
+    """Probabilities against float64: at most twice the error of PyTorch in the same arithmetic."""
+    model, config = tiny_model(), replace(CONFIG, horizon=1, k_act=1, temperature=1.0, dtype=dtype)
+    seen = []
+
+    def value_fn(probs: NDArray[np.float32]) -> Any:
+        seen.append(probs[0, 0])
+        return np.zeros(len(probs)), np.zeros(len(probs))
+
+    backend = CudaBackend(model, tiny_discretizer(), tf32=tf32)
+    plan = backend.plan([context()], config, draws(), value_fn=value_fn)
+    tokens = torch.from_numpy(np.concatenate([context(), plan.tokens[0, 0, OBSERVATION_DIM:-2]]))
+    tokens = tokens[-(D + OBSERVATION_DIM + ACTION_DIM) :]  # the window
+
+    def probs(arithmetic: torch.dtype) -> NDArray[np.float64]:
+        twin = tiny_model()
+        with torch.no_grad():
+            return twin.to(arithmetic)(tokens[None])[0, -1].double().softmax(-1).numpy()
+
+    exact = probs(torch.float64)
+    theirs = probs(torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+    tiny = 4 * np.finfo(np.float32).eps
+    assert np.abs(seen[0] - exact).max() <= 2 * np.abs(theirs - exact).max() + tiny
+
+
+# --- who may use it -------------------------------------------------------------------------------
+
+
+def test_no_gpu_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "is_interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match='expected a GPU for "cuda", torch finds no CUDA device'):
+        make_backend("cuda", tiny_model(), tiny_discretizer())
+
+
+def test_an_old_gpu_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "is_interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    with pytest.raises(RuntimeError, match=r"compute capability \(7, 5\), and 8\.0 is needed"):
+        make_backend("cuda", tiny_model(), tiny_discretizer())
+
+
+def test_no_triton_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "triton", None)
+    with pytest.raises(RuntimeError, match=r"triton is not installed \(pip install"):
+        make_backend("cuda", tiny_model(), tiny_discretizer())
+
+
+def test_a_deadline_is_refused() -> None:
+    with pytest.raises(ValueError, match="None with the cuda backend"):
+        beam_plan(
+            tiny_model(), tiny_discretizer(), [context()], CONFIG, backend="cuda", deadline_ms=5.0
+        )

@@ -1,0 +1,207 @@
+"""The GPU backend: whole plans in Triton kernels, one CUDA graph a plan.
+
+The kernels are kernels/, installed as `tt_fast.kernels`. Under TRITON_INTERPRET=1 the same code
+runs on the processor, slowly, for tests.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from tt_fast.config import PlanConfig
+from tt_fast.discretizer import Discretizer, Tokens
+from tt_fast.model import TrajectoryTransformer
+from tt_fast.planning.base import BeamPlan, Draws, ValueFn
+from tt_fast.planning.cached import TorchBackend
+
+if TYPE_CHECKING:
+    from tt_fast.kernels.layout import Weights
+    from tt_fast.planning.cuda_session import Session
+
+#: Compute capability from which on bfloat16 matrix units exist.
+MIN_CAPABILITY = (8, 0)
+#: Sizes of plans whose memory and graph are kept.
+MAX_SESSIONS = 8
+#: Offsets inside one layer's keys are 32-bit.
+MAX_INDEX = 2**31 - 1
+
+
+def why_unavailable() -> str | None:
+    """Why this machine cannot run the backend; None if it can."""
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return "triton is not installed (pip install 'tt_fast[cuda]')"
+    if is_interpreted():
+        return None
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    capability = torch.cuda.get_device_capability()
+    if capability < MIN_CAPABILITY:
+        return f"the GPU has compute capability {capability}, and 8.0 is needed"
+    return None
+
+
+def is_interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on the processor."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    from tt_fast.kernels.select import rank_kernel
+
+    return isinstance(rank_kernel, InterpretedFunction)
+
+
+class CudaBackend(TorchBackend):
+    """Plans on a GPU; `search` is the torch backend's.
+
+    Weights are packed on first use, and again after they have changed. The first plan of a size
+    compiles, the second one is recorded as a CUDA graph.
+
+    Args:
+        model: on any device; a model elsewhere is copied to the GPU once.
+        discretizer: its thresholds turn probabilities into rewards; `search` needs none.
+        tf32: round the inputs of float32 matrix products to tf32, which is faster, and no longer
+            the reference's arithmetic.
+        use_graphs: False launches kernels one by one, for debugging.
+
+    Raises:
+        RuntimeError: no GPU of compute capability 8.0 or more, or no triton.
+    """
+
+    name = "cuda"
+
+    def __init__(
+        self,
+        model: TrajectoryTransformer,
+        discretizer: Discretizer | None,
+        *,
+        tf32: bool = False,
+        use_graphs: bool = True,
+    ) -> None:
+        reason = why_unavailable()
+        if reason is not None:
+            raise RuntimeError(f'backend: expected a GPU for "cuda", {reason}; use "torch"')
+        super().__init__(model, discretizer)
+        self.tf32 = tf32
+        self.use_graphs = use_graphs and not is_interpreted()
+        self.device = torch.device("cpu" if is_interpreted() else "cuda")
+        self._weights: dict[str, Weights] = {}  # by precision
+        self._versions: dict[str, tuple[tuple[int, int], ...]] = {}
+        self._sessions: OrderedDict[object, Session] = OrderedDict()
+
+    @torch.no_grad()
+    def plan(
+        self,
+        contexts: Sequence[Tokens],
+        config: PlanConfig,
+        draws: Draws,
+        *,
+        trace: bool = False,
+        value_fn: ValueFn | None = None,
+        deadline_ms: float | None = None,
+    ) -> BeamPlan:
+        """See `PlanBackend.plan`; all contexts are planned at once, as far as memory goes."""
+        assert self.discretizer is not None
+        assert deadline_ms is None  # has_deadline is False
+        size = self._wave_size(config, len(contexts))
+        waves = []
+        for first in range(0, len(contexts), size):
+            part = slice(first, min(first + size, len(contexts)))
+            wave = contexts[part]
+            given = None if draws.given is None else draws.given[part]
+            session = self._session(config, len(wave), given is not None, value_fn is not None)
+            part_draws = Draws(draws.seeds[part], draws.plan_indices[part], given)
+            waves.append(
+                session.run(
+                    wave, config, self.discretizer, part_draws, trace=trace, value_fn=value_fn
+                )
+            )
+        return _concatenate(waves)
+
+    def _session(
+        self, config: PlanConfig, num_envs: int, given_uniforms: bool, keep_probs: bool
+    ) -> Session:
+        """The one for these sizes, made if need be; the least recently used one goes."""
+        from tt_fast.kernels.sample import DrawFlags
+        from tt_fast.planning.cuda_memory import model_shape, plan_shape
+        from tt_fast.planning.cuda_session import Session
+
+        weights = self._current_weights(self._precision(config))
+        plan = plan_shape(self.model, config)
+        flags = DrawFlags(given_uniforms, keep_probs)
+        key = (self._precision(config), plan, flags, num_envs)
+        if key not in self._sessions:
+            shape = model_shape(self.model.config, self._precision(config))
+            self._sessions[key] = Session(
+                weights, shape, plan, flags, num_envs, use_graph=self.use_graphs
+            )
+        self._sessions.move_to_end(key)
+        while len(self._sessions) > MAX_SESSIONS:
+            self._sessions.popitem(last=False)
+        return self._sessions[key]
+
+    def _precision(self, config: PlanConfig) -> str:
+        """Of matrix products, as kernels call it."""
+        if config.dtype == "bfloat16":
+            return "bf16 in float32" if is_interpreted() else "bf16"
+        return "tf32" if self.tf32 else "ieee"
+
+    def _current_weights(self, precision: str) -> Weights:
+        """The model's weights as they are now; always in the same memory, which graphs read."""
+        from tt_fast.planning.cuda_memory import model_shape, pack_weights, refresh_weights
+
+        shape = model_shape(self.model.config, precision)
+        version = tuple((p.data_ptr(), p._version) for p in self.model.parameters())
+        if precision not in self._weights:
+            self._weights[precision] = pack_weights(self.model, shape, self.device)
+        elif self._versions[precision] != version:
+            refresh_weights(self._weights[precision], self.model, shape)
+        self._versions[precision] = version
+        return self._weights[precision]
+
+    def _wave_size(self, config: PlanConfig, num_envs: int) -> int:
+        """Contexts that memory and 32-bit offsets allow at once.
+
+        Raises:
+            ValueError: not even one.
+        """
+        from tt_fast.planning.cuda_memory import model_shape, plan_bytes, plan_shape
+
+        model = model_shape(self.model.config, self._precision(config))
+        plan = plan_shape(self.model, config)
+        layer = plan.num_levels * plan.level_nodes * model.width
+        size = min(num_envs, int(MAX_INDEX // layer))
+        if self.device.type == "cuda":
+            free = torch.cuda.mem_get_info(self.device)[0] * 0.8 + self._held_bytes()
+            size = min(size, int(free / plan_bytes(model, plan, 1)))
+        if size < 1:
+            needed = plan_bytes(model, plan, 1) / 1e9
+            raise ValueError(
+                f"beam_width: expected a search that fits the GPU, got one of {needed:.1f} GB; "
+                'use fewer beams, or backend="torch"'
+            )
+        return size
+
+    def _held_bytes(self) -> int:
+        """Memory of sessions that may be dropped or used again."""
+        from tt_fast.planning.cuda_memory import plan_bytes
+
+        return sum(plan_bytes(s.model, s.plan, s.num_envs) for s in self._sessions.values())
+
+
+def _concatenate(plans: Sequence[BeamPlan]) -> BeamPlan:
+    if len(plans) == 1:
+        return plans[0]
+    traces = [plan.trace for plan in plans if plan.trace is not None]
+    return BeamPlan(
+        np.concatenate([plan.tokens for plan in plans]),
+        np.concatenate([plan.scores for plan in plans]),
+        np.concatenate([plan.rewards for plan in plans]),
+        np.concatenate([plan.values for plan in plans]),
+        tuple(trace for part in traces for trace in part) if traces else None,
+    )
