@@ -61,7 +61,7 @@ def layer_norm_qkv(
         model: sizes.
         M: rows of a program.
     """
-    block = min(model.width, 64)
+    block = min(model.width, 64 if model.is_bf16 else 32)
     num_nodes = tree.key_cache[0].numel() // model.width
     grid = (triton.cdiv(len(h), M), model.width // block, 3)
     layer_norm_qkv_kernel[grid](

@@ -220,7 +220,7 @@ def logits(
         model: sizes.
         M: rows of a program.
     """
-    block = min(model.ids, 64)
+    block = min(model.ids, 64 if model.is_bf16 else 32)
     grid = (triton.cdiv(num_rows, M), model.ids // block)
     logits_kernel[grid](h, out, weights, dim, num_rows, model, M=M, BLOCK_N=block)
 

@@ -43,12 +43,19 @@ NOT_AT_IMPORT = (
 )
 EXTRAS = ("gymnasium", "gymnasium_robotics", "imageio", "minari", "mujoco", "stable_baselines3")
 
-MODULES = sorted(PACKAGE.rglob("*.py"))
+KERNELS = ROOT / "kernels"  # installed as tt_fast.kernels
+MODULES = sorted([*PACKAGE.rglob("*.py"), *KERNELS.glob("*.py")])
+
+
+def inner_path(path: Path) -> Path:
+    """Inside the package, as it is installed: kernels/mlp.py -> kernels/mlp."""
+    base = PACKAGE if path.is_relative_to(PACKAGE) else ROOT
+    return path.relative_to(base).with_suffix("")
 
 
 def module_name(path: Path) -> str:
     """tt_fast/data/load.py -> tt_fast.data.load; a package's __init__.py -> the package."""
-    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = ("tt_fast", *inner_path(path).parts)
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
@@ -108,7 +115,7 @@ def test_the_architecture_page_names_every_module() -> None:
     # first cells of the table, `data/load` and the like; the subcommands share a row
     cells = re.findall(r"^\| (`.*?) \|", page, re.MULTILINE)
     named = {name for cell in cells for name in re.findall(r"`([\w/]+)`", cell)}
-    paths = {path.relative_to(PACKAGE).with_suffix("").as_posix() for path in MODULES}
+    paths = {inner_path(path).as_posix() for path in MODULES}
     wanted = {path for path in paths if not re.search(r"__(init|main)__$|^commands/", path)}
     assert wanted | {"commands"} == named
 

@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FILES = ("pyproject.toml", "setup.py", "MANIFEST.in", "CMakeLists.txt", "README.md", "LICENSE")
-FOLDERS = ("tt_fast", "csrc", "tests")
+FOLDERS = ("tt_fast", "kernels", "csrc", "tests")
 NOT_COPIED = shutil.ignore_patterns("__pycache__", "*.so", "golden")
 NO_COMPILER = {"CC": "/bin/false", "CXX": "/bin/false"}
 

@@ -49,7 +49,7 @@ class Evaluate(Command):
     no_prefix_context: bool = False
     """Plan from the observation alone, without past transitions."""
     backend: str = "auto"
-    """Planning backend: auto, cpu, torch or reference."""
+    """Planning backend: auto, cpu, cuda, torch or reference."""
     threads: int | None = None
     """Threads of the cpu backend; all processors by default."""
     deadline_ms: float | None = None

@@ -29,7 +29,7 @@ class Plan(Command):
     observation: tuple[str, ...]
     """Numbers, separated by commas or spaces, or one .npy or .json file with a list of them."""
     backend: str = "auto"
-    """Planning backend: auto, cpu, torch or reference."""
+    """Planning backend: auto, cpu, cuda, torch or reference."""
     threads: int | None = None
     """Threads of the cpu backend; all processors by default."""
     deadline_ms: float | None = None

@@ -269,11 +269,16 @@ def _download(tensor: Tensor) -> NDArray[Any]:
     return tensor.to("cpu", copy=True).numpy()
 
 
+def gpu_machine(num_programs: int, model: ModelShape) -> Machine:
+    """A GPU with so many multiprocessors."""
+    # a larger tile of float32 does not fit registers
+    row_tile = 64 if model.is_bf16 and model.embed <= 128 else 16
+    return Machine(num_programs=num_programs, key_tile=4096, row_tile=row_tile)
+
+
 def _machine(device: torch.device, model: ModelShape) -> Machine:
     if device.type == "cuda":
-        count = torch.cuda.get_device_properties(device).multi_processor_count
-        # a larger tile of float32 does not fit registers
-        row_tile = 64 if model.is_bf16 and model.embed <= 128 else 16
-        return Machine(num_programs=count, key_tile=4096, row_tile=row_tile)
+        properties = torch.cuda.get_device_properties(device)
+        return gpu_machine(properties.multi_processor_count, model)
     # the interpreter runs programs one after another: large ones cost least there
     return Machine(num_programs=1, key_tile=65536, row_tile=512)

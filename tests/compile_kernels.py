@@ -1,0 +1,179 @@
+"""Compile every kernel that plans launch, for GPUs that are not here, and say what each one needs.
+
+`python tests/compile_kernels.py` prints a table and fails where the fused kernel spills registers
+or anything needs more shared memory than the smallest GPU has. The planner itself runs, on tensors
+without memory and with a driver that compiles and launches nothing, so what is compiled is what a
+GPU would be asked for. Not in a process with TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# triton 3.9 warns where this is not set; it is what all versions before did
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.runtime.jit import JITFunction
+
+from tt_fast import ModelConfig, PlanConfig, TrajectoryTransformer
+from tt_fast.kernels.sample import DrawFlags
+from tt_fast.planning.cuda_memory import model_shape, pack_weights, plan_shape
+from tt_fast.planning.cuda_session import Session, gpu_machine
+
+#: A program's shared memory on the smallest of GPUs from compute capability 8.0 on (8.6, 8.9).
+SHARED_BYTES = 99 * 1024
+#: Of the fused kernel in bfloat16: four registers of a thread.
+SPILLED_BYTES = 16
+#: Multiprocessors of a data centre's GPU: decides the size of tiles.
+NUM_PROGRAMS = 132
+HOPPER = ModelConfig(11, 3)
+WIDE = ModelConfig(11, 3, embed_dim=256, num_heads=8, num_layers=2)
+SMALL, LARGE = 1, 64  # environments: tiles of few rows, and of many
+PLAN = PlanConfig(2, 128, 2, discount=0.99)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Of one compiled kernel."""
+
+    kernel: str
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+
+
+class NoGpu:
+    """As much of a driver as compiling asks for."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+@contextmanager
+def compiling_only(capability: int) -> Iterator[dict[str, tuple[str, Any]]]:
+    """Launches compile and do nothing else; yields name and kernel by hash."""
+    compiled: dict[str, tuple[str, Any]] = {}
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        assert kernel.metadata.target.arch == capability
+        compiled[kernel.hash] = (self.__name__, kernel)
+        return kernel
+
+    triton.runtime.driver.set_active(NoGpu(capability))
+    JITFunction.run = compile_only
+    try:
+        yield compiled
+    finally:
+        JITFunction.run = run
+
+
+def compile_plan(capability: int, precision: str, model: ModelConfig, num_envs: int) -> list[Needs]:
+    """Everything that a plan launches there."""
+    torch_model = TrajectoryTransformer(model)
+    shape, plan = model_shape(model, precision), plan_shape(torch_model, PLAN)
+    weights = pack_weights(torch_model, shape, torch.device("meta"))
+    session = Session(weights, shape, plan, DrawFlags(False, False), num_envs, use_graph=False)
+    session.machine = gpu_machine(NUM_PROGRAMS, shape)
+    with compiling_only(capability) as compiled:
+        session._enqueue(None)
+    return [needs(name, kernel) for name, kernel in compiled.values()]
+
+
+def needs(name: str, kernel: Any) -> Needs:
+    """From the assembler's own report."""
+    target = re.search(r"^\.target (\w+)", kernel.asm["ptx"], re.MULTILINE)
+    assert target, "expected PTX with a .target"
+    assembler = get_ptxas(kernel.metadata.target.arch).path
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(kernel.asm["ptx"], encoding="utf-8")
+        options = ["-v", f"--gpu-name={target[1]}"]
+        command = [assembler, *options, source, "-o", source.with_suffix(".cubin")]
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+    report = done.stdout + done.stderr
+    assert done.returncode == 0, report
+    registers = re.search(r"Used (\d+) registers", report)
+    spilled = re.search(r"(\d+) bytes spill stores", report)
+    assert registers, report
+    return Needs(
+        name,
+        int(registers[1]),
+        int(spilled[1]) if spilled else 0,
+        int(kernel.metadata.shared),
+    )
+
+
+def complaints(row: Needs, precision: str) -> list[str]:
+    """What must not be. float32 may spill: without bfloat16 a tile is twice as large."""
+    found = []
+    if precision == "bf16" and row.kernel == "segment_kernel" and row.spilled_bytes > SPILLED_BYTES:
+        found.append(f"{row.kernel} spills {row.spilled_bytes} bytes")
+    if row.shared_bytes > SHARED_BYTES:
+        found.append(f"{row.kernel} needs {row.shared_bytes} bytes of shared memory")
+    return found
+
+
+def table(case: tuple[int, str]) -> tuple[list[str], list[str]]:
+    """Lines and complaints of a compute capability and a precision."""
+    capability, precision = case
+    lines, found = [], []
+    for name, model, num_envs in (
+        ("hopper", HOPPER, SMALL), ("hopper", HOPPER, LARGE), ("wide", WIDE, SMALL),
+    ):  # fmt: skip
+        for row in compile_plan(capability, precision, model, num_envs):
+            lines.append(
+                f"{capability:4} {precision:>9} {name:>6} {num_envs:4} {row.kernel:26} "
+                f"{row.registers:9} {row.spilled_bytes:7} {row.shared_bytes:7}"
+            )
+            found += [f"sm_{capability} {precision} {c}" for c in complaints(row, precision)]
+    return list(dict.fromkeys(lines)), found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--capability", type=int, nargs="+", default=[80, 90, 100])
+    parser.add_argument("--precision", nargs="+", default=["bf16", "tf32", "ieee"])
+    options = parser.parse_args()
+    cases = [(c, p) for c in options.capability for p in options.precision]
+    found: list[str] = []
+    print("  sm precision  model envs kernel                     registers spilled  shared")
+    # a process a case: triton keeps what it compiled, whatever the GPU
+    with multiprocessing.get_context("spawn").Pool(maxtasksperchild=1) as pool:
+        for lines, wrong in pool.imap(table, cases):
+            print("\n".join(lines), flush=True)
+            found += wrong
+    if found:
+        sys.exit("\n".join(["", *found]))
+
+
+if __name__ == "__main__":
+    main()

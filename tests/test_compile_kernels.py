@@ -1,0 +1,32 @@
+"""Kernels compile for GPUs that are not here; the fused one keeps its registers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.parametrize("options", [[], ["--capability", "999"]])
+def test_kernels_compile_ahead_of_time(options: list[str]) -> None:
+    """For three generations, in every precision; and the check can fail."""
+    script = Path(__file__).with_name("compile_kernels.py")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    process = subprocess.run(
+        [sys.executable, script, *options],
+        check=False,
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    if options:
+        assert process.returncode != 0
+        return
+    assert process.returncode == 0, process.stdout + process.stderr
+    for capability in ("80", "90", "100"):
+        for kernel in ("segment", "mlp", "layer_norm_qkv", "tree_attention", "rank", "advance"):
+            rows = [line.split() for line in process.stdout.splitlines()]
+            assert any(r[0] == capability and r[4] == f"{kernel}_kernel" for r in rows)
