@@ -281,13 +281,12 @@ void BeamSearch::Select(Wave& wave, int step) {
     }
     beam.order.resize(num_rows);
     std::iota(beam.order.begin(), beam.order.end(), 0);
-    const auto key = [&beam](int row) {  // NaN comes last, as in the reference
-      const double score = beam.scores[row];
-      return std::isnan(score) ? -std::numeric_limits<double>::infinity() : score;
+    const auto is_better = [&beam](int a, int b) {  // NaN comes last, as in the reference
+      const double x = beam.scores[a], y = beam.scores[b];
+      if (std::isnan(x) != std::isnan(y)) return std::isnan(y);
+      return x > y || (!(x < y) && a < b);
     };
-    std::partial_sort(
-        beam.order.begin(), beam.order.begin() + kept, beam.order.end(),
-        [&key](int a, int b) { return key(a) > key(b) || (key(a) == key(b) && a < b); });
+    std::partial_sort(beam.order.begin(), beam.order.begin() + kept, beam.order.end(), is_better);
     std::copy_n(beam.order.begin(), kept, parents_.begin() + size_t(c) * kept);
   }
   wave.factor = next_factor;

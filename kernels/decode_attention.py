@@ -33,7 +33,7 @@ def attend_rows(
     queries = (q * model.scale)[:, None, :]
     largest = tl.full((R,), -1e30, tl.float32)
     total = tl.zeros((R,), tl.float32)
-    out = tl.zeros((R, model.head_dim), tl.float32)
+    out = tl.full((R, model.head_dim), 0.0, tl.float32)
     for first in tl.range(0, tl.max(num_keys), BLOCK_N):
         index = first + tl.arange(0, BLOCK_N)[None, :]
         seen = mask[:, None] & (index < num_keys[:, None])  # (R, N)

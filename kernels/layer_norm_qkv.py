@@ -29,7 +29,8 @@ def layer_norm_qkv_kernel(
     x = layer_norm(h, norm_of(weights, layer, 0, model), model)
     matrix = weights.qkv + (layer * 3 + which) * model.embed * model.width
     bias = weights.qkv_bias + (layer * 3 + which) * model.width
-    out = linear(x, matrix, bias, first, BLOCK_N, model.embed, model.width, model.precision)
+    WIDTH: tl.constexpr = model.width
+    out = linear(x, matrix, bias, first, BLOCK_N, WIDTH, model)
     column = first + tl.arange(0, BLOCK_N)[None, :]
     if which == 0:
         tl.store(q_ptr + row[:, None] * model.width + column, out, mask=live[:, None])

@@ -52,6 +52,11 @@ class ModelShape:
         return self.precision.startswith("bf16")
 
     @property
+    def has_bf16_products(self) -> bool:
+        """Whether matrix units take bfloat16 as it is."""
+        return self.precision == "bf16"
+
+    @property
     def transition_dim(self) -> int:
         """Tokens of a transition."""
         return self.observation_dim + self.action_dim + 2
@@ -115,7 +120,7 @@ class Weights(NamedTuple):
     position: Any
     """(block_size, embed) float32"""
     norms: Any
-    """(num_layers, 2 LayerNorms, 2: gamma and beta, embed) float32"""
+    """(num_layers, 4: gamma and beta of both LayerNorms, embed) float32"""
     qkv: Any
     """(num_layers, 3, embed, width)"""
     qkv_bias: Any

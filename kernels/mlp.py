@@ -18,13 +18,14 @@ def mlp_rows(h, weights, layer, model: tl.constexpr, BLOCK_H: tl.constexpr):
     up = weights.up + layer * model.embed * model.hidden
     down = weights.down + layer * model.hidden * model.embed
     column = tl.arange(0, model.embed)[None, :]
-    for first in tl.range(0, model.hidden, BLOCK_H):
+    HIDDEN: tl.constexpr = model.hidden
+    for first in tl.range(0, HIDDEN, BLOCK_H):
         hidden = linear(
             x, up, weights.up_bias + layer * model.hidden, first,
-            BLOCK_H, model.embed, model.hidden, model.precision,
+            BLOCK_H, HIDDEN, model,
         )  # fmt: skip
         place = (first + tl.arange(0, BLOCK_H))[:, None] * model.embed + column
-        h += matmul(gelu(hidden), tl.load(down + place), model.precision)
+        h += matmul(gelu(hidden), tl.load(down + place), model)
     return h + tl.load(weights.out_bias + (layer * 2 + 1) * model.embed + column)
 
 
@@ -46,7 +47,7 @@ def mlp_kernel(
     for first in tl.range(0, model.width, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
         x = tl.load(attended_ptr + row[:, None] * model.width + k[None, :], mask=live, other=0.0)
-        h += matmul(x, tl.load(proj + k[:, None] * model.embed + column), model.precision)
+        h += matmul(x, tl.load(proj + k[:, None] * model.embed + column), model)
     h += tl.load(weights.out_bias + layer * 2 * model.embed + column)
     tl.store(place, mlp_rows(h, weights, layer, model, BLOCK_H), mask=live)
 

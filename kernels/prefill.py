@@ -96,7 +96,7 @@ def tree_attention_kernel(
     base = layer_base(layer, num_envs, model, plan)
     largest = tl.full((M,), -1e30, tl.float32)
     total = tl.zeros((M,), tl.float32)
-    out = tl.zeros((M, model.head_dim), tl.float32)
+    out = tl.full((M, model.head_dim), 0.0, tl.float32)
     num_keys = tl.minimum(tl.max(last), (step - start + 1) * model.visible - 1) + 1
     for first in tl.range(0, num_keys, BLOCK_N):
         index = first + tl.arange(0, BLOCK_N)
@@ -106,11 +106,11 @@ def tree_attention_kernel(
         key = tl.load(tree.key_cache + place, mask=inside[:, None], other=0.0)
         value = tl.load(tree.value_cache + place, mask=inside[:, None], other=0.0)
         seen = index[None, :] <= last[:, None]
-        scores = tl.where(seen, matmul(q, tl.trans(key), model.precision), -1e30)
+        scores = tl.where(seen, matmul(q, tl.trans(key), model), -1e30)
         new = tl.maximum(largest, tl.max(scores, axis=1))
         weight = tl.where(seen, tl.exp(scores - new[:, None]), 0.0)
         fade = tl.exp(largest - new)
-        out = out * fade[:, None] + matmul(weight, value, model.precision)
+        out = out * fade[:, None] + matmul(weight, value, model)
         total = total * fade + tl.sum(weight, axis=1)
         largest = new
     to = out_ptr + row[:, None] * model.width + column

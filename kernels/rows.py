@@ -10,14 +10,14 @@ import triton.language as tl
 
 
 @triton.jit
-def matmul(x, matrix, precision: tl.constexpr):
+def matmul(x, matrix, model: tl.constexpr):
     """x (M, K) float32 times a matrix (K, N), accumulated in float32."""
-    if precision == "bf16":
+    if model.has_bf16_products:
         return tl.dot(x.to(tl.bfloat16), matrix)
-    elif precision == "bf16 in float32":  # noqa: RET505
+    elif model.is_bf16:  # noqa: RET505 - only one of the three is compiled
         return tl.dot(x.to(tl.bfloat16).to(tl.float32), matrix.to(tl.float32))
-    else:  # only one of the three is compiled
-        return tl.dot(x, matrix, input_precision=precision)
+    else:
+        return tl.dot(x, matrix, input_precision=model.precision)
 
 
 @triton.jit
@@ -60,9 +60,10 @@ def norm_of(weights, layer, which, model: tl.constexpr):
 
 
 @triton.jit
-def linear(x, matrix, bias, first, N: tl.constexpr, K: tl.constexpr, ld: tl.constexpr,
-           precision: tl.constexpr):  # fmt: skip
-    """Columns [first, first + N) of x (M, K) @ matrix (K, ld) + bias."""
+def linear(
+    x, matrix, bias, first, N: tl.constexpr, ld: tl.constexpr, model: tl.constexpr
+):  # fmt: skip
+    """Columns [first, first + N) of x (M, embed) @ matrix (embed, ld) + bias."""
     column = first + tl.arange(0, N)
-    tile = tl.load(matrix + tl.arange(0, K)[:, None] * ld + column[None, :])
-    return matmul(x, tile, precision) + tl.load(bias + column)[None, :]
+    tile = tl.load(matrix + tl.arange(0, model.embed)[:, None] * ld + column[None, :])
+    return matmul(x, tile, model) + tl.load(bias + column)[None, :]

@@ -55,9 +55,9 @@ def softmax(x):
 
 
 @triton.jit
-def at_rank(ordered, rank, ids: tl.constexpr):
+def at_rank(ordered, rank, model: tl.constexpr):
     """(M,) the element of that rank (M,) in rows (M, ids)."""
-    here = tl.arange(0, ids)[None, :] == rank[:, None]
+    here = tl.arange(0, model.ids)[None, :] == rank[:, None]
     return tl.sum(tl.where(here, ordered, 0.0), axis=1)
 
 
@@ -68,7 +68,7 @@ def filter_cdf(x, probs, cdf, model: tl.constexpr):
     ordered = tl.sort(tl.where(column < model.num_ids, probs, 2.0))
     below = tl.cumsum(ordered.to(tl.float64), axis=1).to(tl.float32) < cdf
     rank = tl.maximum(tl.sum(below.to(tl.int32), axis=1) - 1, 0)
-    limit = at_rank(ordered, rank, model.ids)
+    limit = at_rank(ordered, rank, model)
     return tl.where((probs <= limit[:, None]) & (column < model.num_ids), REMOVED, x)
 
 
@@ -79,7 +79,7 @@ def keep_top_k(x, top_k, model: tl.constexpr):
         smallest = tl.max(x, axis=1)
     else:
         rank = tl.zeros((x.shape[0],), tl.int32) + (model.ids - top_k)
-        smallest = at_rank(tl.sort(x), rank, model.ids)
+        smallest = at_rank(tl.sort(x), rank, model)
     return tl.where(x < smallest[:, None], float("-inf"), x)
 
 
@@ -143,7 +143,7 @@ def head_logits(h, weights, dim, model: tl.constexpr, BLOCK_N: tl.constexpr):
     out = tl.full((M, model.ids), float("-inf"), tl.float32)
     for i in tl.range(0, BLOCKS):
         at = weights.head + dim * model.embed * model.ids + i * BLOCK_N + tl.arange(0, BLOCK_N)
-        part = matmul(x, tl.load(at[None, :] + row), model.precision)
+        part = matmul(x, tl.load(at[None, :] + row), model)
         wide = tl.broadcast_to(part[:, None, :], (M, BLOCKS, BLOCK_N))
         here = (column // BLOCK_N == i) & (column < model.num_ids)
         out = tl.where(here, tl.reshape(wide, (M, model.ids)), out)
@@ -202,7 +202,7 @@ def logits_kernel(
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     matrix = weights.head + dim * model.embed * model.ids
     tile = tl.load(matrix + tl.arange(0, model.embed)[:, None] * model.ids + column)
-    out = tl.where(column < model.num_ids, matmul(x, tile, model.precision), float("-inf"))
+    out = tl.where(column < model.num_ids, matmul(x, tile, model), float("-inf"))
     tl.store(logits_ptr + row[:, None] * model.ids + column, out, mask=live)
 
 

@@ -75,9 +75,11 @@ def row_vectors(count, num_envs, rows_per_env, ROWS: tl.constexpr):
 @triton.jit
 def project(x, matrix, bias, which, first, model: tl.constexpr):
     """One head's query, key or value (which: 0, 1, 2) of x (M, embed)."""
+    F: tl.constexpr = model.head_dim
+    WIDTH: tl.constexpr = model.width
     return linear(
         x, matrix + which * model.embed * model.width, bias + which * model.width, first,
-        model.head_dim, model.embed, model.width, model.precision,
+        F, WIDTH, model,
     )  # fmt: skip
 
 
@@ -115,7 +117,7 @@ def attention_rows(
             num_keys, live, num_envs, model, plan, BLOCK_N,
         )  # fmt: skip
         tile = tl.load(proj + (first + tl.arange(0, F))[:, None] * model.embed + column)
-        h += matmul(pad_rows(attended, M), tile, model.precision)
+        h += matmul(pad_rows(attended, M), tile, model)
     return h + tl.load(weights.out_bias + layer * 2 * model.embed + column)
 
 
@@ -165,10 +167,10 @@ def fits_segment(model: ModelShape) -> bool:
     return model.embed <= 128 and model.width <= 128 and model.ids <= 256
 
 
-def tile_rows(num_rows: int, machine: Machine, model: ModelShape) -> int:
+def tile_rows(num_rows: int, machine: Machine) -> int:
     """Rows of a program: few enough that every multiprocessor has work, and that registers hold."""
-    rows, most = 4, 32 if model.is_bf16 else 16
-    while rows < most and num_rows > rows * machine.num_programs:
+    rows = 4
+    while rows < 16 and num_rows > rows * machine.num_programs:
         rows *= 2
     return rows
 
@@ -193,11 +195,11 @@ def run_segment(
         plan: sizes.
         flags: compile-time choices.
     """
-    rows = tile_rows(num_envs * rows_per_env, machine, model)
+    rows = tile_rows(num_envs * rows_per_env, machine)
     grid = (triton.cdiv(num_envs * rows_per_env, rows),)
     segment_kernel[grid](
         weights, tree, draws, step, num_envs, rows_per_env, segment, model, plan, flags,
-        ROWS=rows, M=max(16, rows), BLOCK_N=key_block(rows, model, machine),
+        ROWS=rows, M=16, BLOCK_N=key_block(rows, model, machine),
         BLOCK_H=hidden_block(model),
         BLOCK_V=model.ids if model.is_bf16 else min(model.ids, 32),
         num_warps=8, num_stages=2,

@@ -38,9 +38,11 @@ def candidate_scores(scores, estimates, env, t, row, num_envs, mask, plan: tl.co
 
 
 @triton.jit
-def sort_key(score):
-    """NaN comes last, as in the reference."""
-    return tl.where(score != score, float("-inf"), score)
+def is_better(a, row_a, b, row_b):
+    """Whether a candidate ranks before another: higher score, then lower row; NaN after all."""
+    nan_a, nan_b = (a != a).to(tl.int32), (b != b).to(tl.int32)
+    tie = (a == b) | (nan_a + nan_b == 2)
+    return (nan_a < nan_b) | (a > b) | (tie & (row_a < row_b))
 
 
 @triton.jit(do_not_specialize=["t", "num_envs"])
@@ -53,14 +55,12 @@ def rank_kernel(
     live = row < plan.num_rows
     total, score = candidate_scores(scores, estimates, env, t, row, num_envs, live, plan)
     tl.store(scores.scores + (env * plan.horizon + t) * plan.num_rows + row, score, mask=live)
-    key = sort_key(score)[:, None]
     rank = tl.zeros((BLOCK,), tl.int32)
     for first in tl.range(0, plan.num_rows, BLOCK_N):
         other = first + tl.arange(0, BLOCK_N)
         exists = other < plan.num_rows
         _, rival = candidate_scores(scores, estimates, env, t, other, num_envs, exists, plan)
-        rival = sort_key(rival)[None, :]
-        better = (rival > key) | ((rival == key) & (other[None, :] < row[:, None]))
+        better = is_better(rival[None, :], other[None, :], score[:, None], row[:, None])
         rank += tl.sum((better & exists[None, :]).to(tl.int32), axis=1)
     kept = live & (rank < plan.num_beams)
     place = (env * plan.horizon + t) * plan.num_beams + rank

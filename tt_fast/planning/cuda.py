@@ -178,6 +178,8 @@ class CudaBackend(TorchBackend):
         size = min(num_envs, int(MAX_INDEX // layer))
         if self.device.type == "cuda":
             free = torch.cuda.mem_get_info(self.device)[0] * 0.8 + self._held_bytes()
+            # what torch keeps for later is as good as free
+            free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
             size = min(size, int(free / plan_bytes(model, plan, 1)))
         if size < 1:
             needed = plan_bytes(model, plan, 1) / 1e9

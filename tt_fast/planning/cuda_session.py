@@ -28,6 +28,7 @@ from tt_fast.kernels.segment import (
 from tt_fast.kernels.select import advance, rank
 from tt_fast.planning.base import BeamPlan, Draws, PlanTrace, ValueFn
 from tt_fast.planning.cuda_memory import make_buffers
+from tt_fast.validate import require
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,7 @@ class Session:
         draws = self.buffers.draws
         probs = _download(draws.probs).reshape(self.num_envs, self.plan.num_rows, 2, -1)
         for env in range(self.num_envs):
-            pair = [np.asarray(numbers, np.float32) for numbers in value_fn(probs[env])]
+            pair = _check_pair(value_fn(probs[env]), self.plan.num_rows)
             self._upload(draws.estimates[env, :, t], np.stack(pair))
 
     # ---- outputs ----
@@ -262,6 +263,21 @@ class Session:
             if t + 1 < self.plan.horizon:
                 drawn += list(tokens[t + 1, : self.plan.num_beams, :observation_dim].T)
         return drawn
+
+
+def _check_pair(pair: Any, num_rows: int) -> list[NDArray[np.float32]]:
+    """Rewards and values that a value_fn returned.
+
+    Raises:
+        ValueError: no pair of (num_rows,) finite numbers.
+    """
+    expected = f"a pair of arrays of shape ({num_rows},)"
+    require(isinstance(pair, (tuple, list)) and len(pair) == 2, "value_fn", expected, pair)
+    arrays = [np.asarray(numbers, np.float32) for numbers in pair]
+    for array in arrays:
+        require(array.shape == (num_rows,), "value_fn", expected, f"shape {array.shape}")
+        require(bool(np.isfinite(array).all()), "value_fn", "finite numbers", "NaN or Inf")
+    return arrays
 
 
 def _download(tensor: Tensor) -> NDArray[Any]:
