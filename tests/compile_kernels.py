@@ -144,9 +144,10 @@ def table(case: tuple[int, str]) -> tuple[list[str], list[str]]:
     """Lines and complaints of a compute capability and a precision."""
     capability, precision = case
     lines, found = [], []
-    for name, model, num_envs in (
-        ("hopper", HOPPER, SMALL), ("hopper", HOPPER, LARGE), ("wide", WIDE, SMALL),
-    ):  # fmt: skip
+    cases = [("hopper", HOPPER, SMALL), ("wide", WIDE, SMALL)]
+    if precision == "bf16":  # what many environments are planned in
+        cases.append(("hopper", HOPPER, LARGE))
+    for name, model, num_envs in cases:
         for row in compile_plan(capability, precision, model, num_envs):
             lines.append(
                 f"{capability:4} {precision:>9} {name:>6} {num_envs:4} {row.kernel:26} "

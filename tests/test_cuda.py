@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from fuzz import compare_plans, random_discretizer, random_model
+from golden_files import golden_model, load_golden
 from numpy.typing import NDArray
 from tiny import ACTION_DIM, NUM_BINS, OBSERVATION_DIM, tiny_discretizer, tiny_model
 
 from tt_fast import Discretizer, PlanConfig, TrajectoryTransformer, beam_plan
 from tt_fast.kernels import segment
-from tt_fast.planning import BeamPlan, cuda, make_backend
+from tt_fast.planning import BeamPlan, cuda, make_backend, search
 from tt_fast.planning.base import Draws
 from tt_fast.planning.cuda import CudaBackend
 from tt_fast.planning.reference import ReferenceBackend
@@ -210,6 +213,37 @@ def test_precision(dtype: Any, tf32: bool) -> None:
     assert np.abs(seen[0] - exact).max() <= 2 * np.abs(theirs - exact).max() + tiny
 
 
+def test_bfloat16_logits_of_a_golden_model() -> None:
+    """The original's tokens, official size: at most twice the error of PyTorch's bfloat16 run."""
+    golden, model = load_golden("logits_hopper"), golden_model("hopper")
+    dims = model.config
+    config = replace(CONFIG, horizon=1, beam_width=1, n_expand=1, k_act=1, temperature=1.0)
+    config = replace(config, max_context_transitions=None, dtype="bfloat16")
+    seen = []
+
+    def value_fn(probs: NDArray[np.float32]) -> Any:
+        seen.append(probs[0, 0])
+        return np.zeros(1), np.zeros(1)
+
+    ours, theirs = [], []
+    for j in (5, 6, 7):
+        row = golden[f"tokens_{j}"][0]
+        past = (len(row) - dims.observation_dim) // dims.transition_dim
+        prefix = row[: past * dims.transition_dim + dims.observation_dim]
+        discretizer = random_discretizer(np.random.default_rng(j), dims)
+        plan = CudaBackend(model, discretizer).plan([prefix], config, draws(), value_fn=value_fn)
+        action = plan.tokens[0, 0, dims.observation_dim : -2]
+        window = torch.from_numpy(np.concatenate([prefix, action]))[None]
+        double, low = (copy.deepcopy(model).to(dtype) for dtype in (torch.float64, torch.bfloat16))
+        with torch.no_grad():
+            exact = double(window)[0, -1].log_softmax(-1)
+            rounded = low(window)[0, -1].double().log_softmax(-1)
+        theirs.append(float((rounded - exact).abs().max()))
+        ours.append(float((torch.from_numpy(seen[-1]).double().log() - exact).abs().max()))
+    assert max(ours) <= 2 * max(theirs)
+    assert max(ours) > 1e-4  # it is bfloat16 indeed
+
+
 # --- who may use it -------------------------------------------------------------------------------
 
 
@@ -239,3 +273,13 @@ def test_a_deadline_is_refused() -> None:
         beam_plan(
             tiny_model(), tiny_discretizer(), [context()], CONFIG, backend="cuda", deadline_ms=5.0
         )
+
+
+def test_auto_says_why_a_gpu_does_not_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model on a GPU that cannot run kernels: PyTorch plans, and says so."""
+    on_gpu = SimpleNamespace(device=torch.device("cuda"))
+    model = SimpleNamespace(pos_emb=on_gpu)
+    assert search._fastest_backend(model) == "cuda"
+    monkeypatch.setattr(cuda, "why_unavailable", lambda: "it is too old")
+    with pytest.warns(RuntimeWarning, match="the GPU planner cannot run: it is too old; planning"):
+        assert search._fastest_backend(model) == "torch"

@@ -87,9 +87,11 @@ def test_nothing_but_the_package_is_at_the_top(wheel: zipfile.ZipFile) -> None:
 def test_every_module_and_data_file_is_inside(wheel: zipfile.ZipFile) -> None:
     names = set(wheel.namelist())
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "tt_fast").rglob("*.py")}
+    kernels = {f"tt_fast/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+    assert "tt_fast/kernels/segment.py" in kernels
     assets = {path.relative_to(ROOT).as_posix() for path in (ROOT / "tt_fast/assets").iterdir()}
     assert any(asset.endswith(".hdf5") for asset in assets)
-    assert modules | assets | {"tt_fast/py.typed"} <= names
+    assert modules | kernels | assets | {"tt_fast/py.typed"} <= names
 
 
 def test_the_command_is_installed(wheel: zipfile.ZipFile) -> None:

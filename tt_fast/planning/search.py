@@ -33,7 +33,7 @@ def make_backend(
     """The planning backend of that name.
 
     "auto" takes `cpu` for a model on the processor, `cuda` for one on a GPU that can run it, and
-    `torch` elsewhere, or where the C++ core was not built, which it warns of.
+    `torch` elsewhere. It warns where a GPU cannot, or where the C++ core was not built.
 
     Args:
         num_threads: of the cpu backend; None takes every processor this process may use. The
@@ -60,9 +60,17 @@ def make_backend(
 
 
 def _fastest_backend(model: TrajectoryTransformer) -> str:
+    if model.pos_emb.device.type == "cuda":
+        reason = cuda.why_unavailable()
+        if reason is None:
+            return "cuda"
+        warnings.warn(
+            f"the GPU planner cannot run: {reason}; planning with PyTorch, which is slower",
+            RuntimeWarning,
+            stacklevel=3,
+        )
     if model.pos_emb.device.type != "cpu":
-        on_gpu = model.pos_emb.device.type == "cuda"
-        return "cuda" if on_gpu and cuda.why_unavailable() is None else "torch"
+        return "torch"
     if not cpu.is_available():
         warnings.warn(
             "tt_fast was installed without its C++ planner (no compiler?); planning with PyTorch, "
