@@ -163,7 +163,7 @@ def test_what_does_not_fit_is_planned_in_waves(monkeypatch: pytest.MonkeyPatch) 
     model, discretizer = model_and_discretizer()
     contexts, backend = [context(1, seed) for seed in range(3)], CudaBackend(model, discretizer)
     together = backend.plan(contexts, CONFIG, draws(3), trace=True)
-    monkeypatch.setattr(CudaBackend, "_wave_size", lambda self, config, count: 2)
+    monkeypatch.setattr(CudaBackend, "_wave_size", lambda self, model, plan, count: 2)
     apart = backend.plan(contexts, CONFIG, draws(3), trace=True)
     assert_same_tokens(apart, together)
 

@@ -20,7 +20,7 @@ from tt_fast.planning.base import BeamPlan, Draws, ValueFn
 from tt_fast.planning.cached import TorchBackend
 
 if TYPE_CHECKING:
-    from tt_fast.kernels.layout import Weights
+    from tt_fast.kernels.layout import ModelShape, PlanShape, Weights
     from tt_fast.planning.cuda_session import Session
 
 #: Compute capability from which on bfloat16 matrix units exist.
@@ -108,13 +108,18 @@ class CudaBackend(TorchBackend):
         """See `PlanBackend.plan`; all contexts are planned at once, as far as memory goes."""
         assert self.discretizer is not None
         assert deadline_ms is None  # has_deadline is False
-        size = self._wave_size(config, len(contexts))
+        from tt_fast.planning.cuda_memory import model_shape, plan_shape
+
+        shape = model_shape(self.model.config, self._precision(config))
+        sizes = plan_shape(self.model, config)
+        size = self._wave_size(shape, sizes, len(contexts))
         waves = []
         for first in range(0, len(contexts), size):
             part = slice(first, min(first + size, len(contexts)))
             wave = contexts[part]
             given = None if draws.given is None else draws.given[part]
-            session = self._session(config, len(wave), given is not None, value_fn is not None)
+            flags = (given is not None, value_fn is not None)
+            session = self._session(shape, sizes, len(wave), *flags)
             part_draws = Draws(draws.seeds[part], draws.plan_indices[part], given)
             waves.append(
                 session.run(
@@ -124,19 +129,21 @@ class CudaBackend(TorchBackend):
         return _concatenate(waves)
 
     def _session(
-        self, config: PlanConfig, num_envs: int, given_uniforms: bool, keep_probs: bool
+        self,
+        shape: ModelShape,
+        plan: PlanShape,
+        num_envs: int,
+        given_uniforms: bool,
+        keep_probs: bool,
     ) -> Session:
         """The one for these sizes, made if need be; the least recently used one goes."""
         from tt_fast.kernels.sample import DrawFlags
-        from tt_fast.planning.cuda_memory import model_shape, plan_shape
         from tt_fast.planning.cuda_session import Session
 
-        weights = self._current_weights(self._precision(config))
-        plan = plan_shape(self.model, config)
+        weights = self._current_weights(shape)
         flags = DrawFlags(given_uniforms, keep_probs)
-        key = (self._precision(config), plan, flags, num_envs)
+        key = (shape, plan, flags, num_envs)
         if key not in self._sessions:
-            shape = model_shape(self.model.config, self._precision(config))
             self._sessions[key] = Session(
                 weights, shape, plan, flags, num_envs, use_graph=self.use_graphs
             )
@@ -151,11 +158,11 @@ class CudaBackend(TorchBackend):
             return "bf16 in float32" if is_interpreted() else "bf16"
         return "tf32" if self.tf32 else "ieee"
 
-    def _current_weights(self, precision: str) -> Weights:
+    def _current_weights(self, shape: ModelShape) -> Weights:
         """The model's weights as they are now; always in the same memory, which graphs read."""
-        from tt_fast.planning.cuda_memory import model_shape, pack_weights, refresh_weights
+        from tt_fast.planning.cuda_memory import pack_weights, refresh_weights
 
-        shape = model_shape(self.model.config, precision)
+        precision = shape.precision
         version = tuple((p.data_ptr(), p._version) for p in self.model.parameters())
         if precision not in self._weights:
             self._weights[precision] = pack_weights(self.model, shape, self.device)
@@ -164,16 +171,14 @@ class CudaBackend(TorchBackend):
         self._versions[precision] = version
         return self._weights[precision]
 
-    def _wave_size(self, config: PlanConfig, num_envs: int) -> int:
+    def _wave_size(self, model: ModelShape, plan: PlanShape, num_envs: int) -> int:
         """Contexts that memory and 32-bit offsets allow at once.
 
         Raises:
             ValueError: not even one.
         """
-        from tt_fast.planning.cuda_memory import model_shape, plan_bytes, plan_shape
+        from tt_fast.planning.cuda_memory import plan_bytes
 
-        model = model_shape(self.model.config, self._precision(config))
-        plan = plan_shape(self.model, config)
         layer = plan.num_levels * plan.level_nodes * model.width
         size = min(num_envs, int(MAX_INDEX // layer))
         if self.device.type == "cuda":
