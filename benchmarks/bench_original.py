@@ -26,6 +26,7 @@ from torch import Tensor
 
 from tt_fast import ModelConfig, PlanConfig, TrajectoryTransformer
 from tt_fast.bench import SETTINGS, TASKS, make_case
+from tt_fast.compat.jannerm import beam_plan as compat_beam_plan
 from tt_fast.config import DEFAULT_DISCOUNT, Precision
 from tt_fast.measure import Case, Ceiling, RowCount, count_rows, first_norm, rows_asked
 from tt_fast.planning.cpu import CpuBackend, available_cpus
@@ -78,11 +79,17 @@ class Original:
             raise ValueError(f"original: expected our weights' names, got {found}")
         return gpt
 
-    def plan(self, gpt: Any, case: Case, config: PlanConfig) -> Tensor:
-        """(horizon, transition_dim) tokens of its beam plan."""
+    def plan(
+        self,
+        gpt: Any,
+        case: Case,
+        config: PlanConfig,
+        beam_plan: Callable[..., Tensor] | None = None,
+    ) -> Tensor:
+        """(horizon, transition_dim) tokens of its beam plan, or of another that is called alike."""
         dims = case.model.config
         grows = config.overflow == "grow"
-        tokens: Tensor = self._core.beam_plan(
+        return (beam_plan or self._core.beam_plan)(
             gpt,
             _value_fn(case),
             torch.from_numpy(case.context(0))[None],
@@ -101,7 +108,6 @@ class Original:
             cdf_rew=config.cdf_rew,
             verbose=False,
         )
-        return tokens
 
 
 @dataclass
@@ -168,6 +174,8 @@ def bench(
     with count_rows(first_norm(gpt)) as count:
         engines = [original_engine(original, gpt, case, config, names, count)]
         engines += [our_engine(case, config, dtype, names, options) for dtype in DTYPES]
+        if options.threads == available_cpus():  # all that its signature knows
+            engines.append(compat_engine(original, gpt, case, config, names, options))
         if task == "hopper" and _context_len(case) + config.horizon <= GROW_TRANSITIONS:
             engines += grow_engines(original, config, names, options)
         peaks = {dtype: Ceiling(dtype, options.threads) for dtype in DTYPES}
@@ -229,6 +237,29 @@ def our_engine(
         plan=lambda: case.plan(backend, config, 0),
         repeats=options.repeats,
         count=lambda runs: Work.of_cpu(backend, runs),
+    )
+
+
+def compat_engine(
+    original: Original,
+    gpt: Any,
+    case: Case,
+    config: PlanConfig,
+    names: dict[str, str],
+    options: argparse.Namespace,
+) -> Engine:
+    """The original's call and objects, planned by ours; its first plan is checked and warms up."""
+    greedy = replace(config, k_act=1, cdf_act=None, beam_width=2, n_expand=1)
+    want = original.plan(gpt, case, greedy)
+    got = original.plan(gpt, case, greedy, compat_beam_plan)
+    if not torch.equal(got, want):
+        raise ValueError("compat: expected the original's greedy plan, got another")
+    return Engine(
+        names={**names, "engine": "compat"},
+        dtype="float32",
+        plan=lambda: original.plan(gpt, case, config, compat_beam_plan),
+        repeats=options.repeats,
+        count=lambda runs: Work(),
     )
 
 

@@ -22,6 +22,11 @@ settings.register_profile("tt_fast", deadline=None, derandomize=True, max_exampl
 settings.load_profile("tt_fast")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--original PATH`: a checkout of the original code, which tests/test_run_original.py runs."""
+    parser.addoption("--original", metavar="PATH", help="checkout of the original code to run")
+
+
 @pytest.fixture
 def quick_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's interpreter does not check every addition for overflow; twice as fast."""

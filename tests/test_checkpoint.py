@@ -118,11 +118,12 @@ def test_unknown_setting(saved: Path) -> None:
 
 def test_weights_of_another_model(saved: Path) -> None:
     _reseal(saved, num_layers=3)
-    with pytest.raises(ValueError, match=r"expected 3 layers by config.json, got 2"):
+    missing = r"blocks.2.attn.key.bias: expected shape \(16,\) by its config, got None"
+    with pytest.raises(ValueError, match=missing):
         Checkpoint.load(saved)
     _reseal(saved, num_layers=2, action_dim=3)
     with pytest.raises(
-        ValueError, match=r"expected shape \(8, 9, 16\) by config.json, got \(7, 9, 16"
+        ValueError, match=r"expected shape \(8, 9, 16\) by its config, got \(7, 9, 16"
     ):
         Checkpoint.load(saved)
 
@@ -130,7 +131,7 @@ def test_weights_of_another_model(saved: Path) -> None:
 @pytest.mark.parametrize("name", ["embed_dim", "num_transitions", "vocab_size", "num_layers"])
 def test_absurd_sizes_allocate_nothing(saved: Path, name: str) -> None:
     _reseal(saved, **{name: 1 << 40})
-    with pytest.raises(ValueError, match=r"expected (shape|sizes|\d+ layers)"):
+    with pytest.raises(ValueError, match=r"expected (shape|an integer)"):
         Checkpoint.load(saved)
 
 
@@ -147,7 +148,7 @@ def test_discretizer_of_another_model(saved: Path) -> None:
     np.savez(saved / "discretizer.npz", thresholds=np.zeros((5, 7)))
     _reseal(saved)
     with pytest.raises(
-        ValueError, match=r"expected thresholds \(9, 7\) by config.json, got \(5, 7\)"
+        ValueError, match=r"expected thresholds \(9, 7\) by its config, got \(5, 7\)"
     ):
         Checkpoint.load(saved)
 

@@ -99,7 +99,7 @@ def test_wrong_option_names_the_nearest(capsys):
 
 def test_wrong_command_lists_them(capsys):
     shown = usage_error(capsys, "evaluat", "x")
-    assert "Available subcommands: data, train, plan, evaluate, demo" in shown
+    assert "Available subcommands: data, train, plan, evaluate, convert, demo" in shown
 
 
 def test_missing_and_malformed_options(capsys):

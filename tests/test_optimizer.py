@@ -53,6 +53,8 @@ def test_first_budget_reached_ends_the_run() -> None:
     assert budget.fraction(500, 20, 6.0) == 0.5
     assert budget.fraction(500, 150, 6.0) == 0.75
     assert budget.fraction(500, 20, 60.0) == 1.0
+    windows = Budget(tiny_train_config(max_windows=200, max_epochs=4.0), 100, 10)
+    assert windows.fraction(500, 150, 6.0) == 0.75
 
 
 def test_no_budget_is_the_originals() -> None:

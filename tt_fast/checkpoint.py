@@ -1,5 +1,7 @@
 """A trained model on disk: weights, config, discretizer and where they come from. No pickles.
 
+Folders of other implementations are read and written too, see `tt_fast.formats`; ours holds
+
 weights.safetensors   parameters by the original's names
 config.json           the ModelConfig, and the SHA-256 of every other file
 discretizer.npz       thresholds (absent if there is no discretizer)
@@ -9,10 +11,8 @@ metadata.json         environment, dataset, discount, losses, versions, git comm
 from __future__ import annotations
 
 import hashlib
-import json
 import platform
 import subprocess
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,14 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from tt_fast import formats
 from tt_fast.config import ModelConfig, config_from_dict, config_to_dict
+from tt_fast.data.load import Source
 from tt_fast.discretizer import Discretizer
 from tt_fast.files import atomic_folder, to_json
+from tt_fast.formats import Exported
 from tt_fast.model import TrajectoryTransformer
+from tt_fast.validate import refuse
 
 _FORMAT = 1
 _WEIGHTS, _CONFIG = "weights.safetensors", "config.json"
@@ -62,7 +64,7 @@ class Checkpoint:
         save_file(weights, folder / _WEIGHTS)
         _write_json(folder / _METADATA, self.metadata)
         if self.discretizer is not None:
-            np.savez(folder / _DISCRETIZER, thresholds=self.discretizer.thresholds)
+            np.savez(folder / _DISCRETIZER, **self.discretizer.arrays())
         others = [p for p in (_WEIGHTS, _METADATA, _DISCRETIZER) if (folder / p).exists()]
         config = {
             "format": _FORMAT,
@@ -72,23 +74,63 @@ class Checkpoint:
         _write_json(folder / _CONFIG, config)
 
     @classmethod
-    def load(cls, folder: str | Path) -> Checkpoint:
+    def load(
+        cls, folder: str | Path, *, dataset: Source | None = None, epoch: int | None = None
+    ) -> Checkpoint:
         """Read a checkpoint folder, or the newest checkpoint of a run folder.
+
+        Folders of the original, of faster-trajectory-transformer and of Hugging Face are read as
+        well, and nothing that they hold is run (`tt_fast.formats`).
+
+        Args:
+            folder: of the checkpoint.
+            dataset: what to fit the discretizer on, as `load_dataset` takes it, where the folder
+                holds only its recipe (the original's) or nothing (Hugging Face's).
+            epoch: which of the original's state_N.pt; None takes the newest.
 
         Raises:
             FileNotFoundError: no checkpoint there.
             ValueError: damaged, or its files do not belong together; the message says which.
         """
         folder = resolve(folder)
-        header = _read_json(folder / _CONFIG)
+        foreign = formats.find_format(folder)
+        if foreign is not None:
+            found = formats.read_foreign(folder, foreign, epoch=epoch)
+            discretizer = found.discretizer
+            if discretizer is None and dataset is not None:
+                discretizer = found.recipe.fit(dataset)
+            model = formats.new_model(found.config, found.weights)
+            return cls(model, discretizer, found.metadata)
+        if epoch is not None:
+            refuse("epoch", "None for a checkpoint of tt_fast", epoch)
+        header = formats.read_json(folder / _CONFIG)
         _check_header(folder, header)
         with _naming(folder / _CONFIG):
             config = config_from_dict(ModelConfig, header["model"])
-        model = _load_model(folder / _WEIGHTS, config)
+        path = folder / _WEIGHTS
+        weights = formats.read_safetensors(path, formats.expected_shapes(path, config))
         discretizer = None
         if _DISCRETIZER in header["sha256"]:
-            discretizer = _load_discretizer(folder / _DISCRETIZER, config)
-        return cls(model, discretizer, _read_json(folder / _METADATA))
+            discretizer = formats.read_discretizer(folder / _DISCRETIZER, config)
+        model = formats.new_model(config, weights)
+        return cls(model, discretizer, formats.read_json(folder / _METADATA))
+
+    def save_foreign(self, folder: str | Path, name: str, *, epoch: int | None = None) -> Path:
+        """Write a new folder in a foreign format, whole or not at all.
+
+        Args:
+            folder: new or empty.
+            name: "jannerm" (the original's), "faster_tt" or "huggingface".
+            epoch: N of the original's state_N.pt.
+
+        Raises:
+            FileExistsError: `folder` exists and is not empty.
+            ValueError: what the format cannot hold.
+        """
+        with atomic_folder(folder) as temporary:
+            exported = Exported(self.model, self.discretizer, self.metadata)
+            formats.write_foreign(temporary, name, exported, epoch=epoch)
+        return Path(folder)
 
 
 def resolve(folder: str | Path) -> Path:
@@ -98,7 +140,7 @@ def resolve(folder: str | Path) -> Path:
         FileNotFoundError: neither.
     """
     folder = Path(folder)
-    if (folder / _CONFIG).is_file():
+    if (folder / _CONFIG).is_file() or formats.find_format(folder) is not None:
         return folder
     newest = newest_checkpoint(folder)
     if newest is None:
@@ -163,42 +205,6 @@ def _check_header(folder: Path, header: Mapping[str, Any]) -> None:
             raise ValueError(f"{path}: damaged: its SHA-256 is not the one in {_CONFIG}")
 
 
-def _load_model(path: Path, config: ModelConfig) -> TrajectoryTransformer:
-    try:
-        with safe_open(path, framework="pt") as file:
-            found = {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}  # noqa: SIM118
-            _check_shapes(path, config, found)
-            weights = {k: file.get_tensor(k) for k in found}
-    except SafetensorError as error:
-        raise ValueError(f"{path}: damaged safetensors file: {error}") from error
-    for name, tensor in weights.items():
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{path}: {name}: expected finite weights, got NaN or Inf")
-    with torch.random.fork_rng([]):  # initial weights draw from the global generator
-        model = TrajectoryTransformer(config)
-    model.load_state_dict(weights)
-    return model.eval()
-
-
-def _check_shapes(path: Path, config: ModelConfig, found: Mapping[str, Any]) -> None:
-    """The file's shapes are the config's, found out before anything of their size is allocated."""
-    num_layers = sum(name.endswith(".ln1.weight") for name in found)
-    if num_layers != config.num_layers:
-        raise ValueError(
-            f"{path}: expected {config.num_layers} layers by {_CONFIG}, got {num_layers}"
-        )
-    try:
-        with torch.device("meta"):
-            parameters = TrajectoryTransformer(config).state_dict()
-    except RuntimeError as error:
-        raise ValueError(f"{path}: expected sizes that a tensor can have: {error}") from error
-    expected = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    for name in sorted(expected.keys() | found.keys()):
-        want, got = expected.get(name), found.get(name)
-        if want != got:
-            raise ValueError(f"{path}: {name}: expected shape {want} by {_CONFIG}, got {got}")
-
-
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
     """A ValueError inside names the file."""
@@ -208,34 +214,9 @@ def _naming(path: Path) -> Iterator[None]:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _load_discretizer(path: Path, config: ModelConfig) -> Discretizer:
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            thresholds = arrays["thresholds"]
-    except (KeyError, OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: damaged: expected an array `thresholds`: {error}") from error
-    shape = (config.vocab_size + 1, config.transition_dim)
-    if thresholds.shape != shape:
-        raise ValueError(
-            f"{path}: expected thresholds {shape} by {_CONFIG}, got {thresholds.shape}"
-        )
-    with _naming(path):
-        return Discretizer(thresholds)
-
-
 def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
     path.write_text(to_json(values), encoding="utf-8")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: expected a JSON file: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
-    return values

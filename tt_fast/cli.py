@@ -13,11 +13,13 @@ from tyro.conf import subcommand
 
 from tt_fast.commands.base import Command
 from tt_fast.commands.bench import Bench
+from tt_fast.commands.convert import Convert
 from tt_fast.commands.data import DataCollect, DataDownload, DataInfo
 from tt_fast.commands.demo import Demo
 from tt_fast.commands.evaluate import Evaluate
 from tt_fast.commands.plan import Plan
 from tt_fast.commands.train import Train
+from tt_fast.presets import expand_preset
 
 #: What a user can cause; anything else is our bug and shows its traceback.
 _USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
@@ -52,6 +54,7 @@ class CommandLine:
         | Annotated[Train, subcommand("train")]
         | Annotated[Plan, subcommand("plan")]
         | Annotated[Evaluate, subcommand("evaluate")]
+        | Annotated[Convert, subcommand("convert")]
         | Annotated[Demo, subcommand("demo")]
         | Annotated[Bench, subcommand("bench")]
     )
@@ -82,7 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str]) -> Command:
     """The subcommand of a command line; exits with 2 and says why if there is none."""
-    parsed = tyro.cli(CommandLine, prog="tt-fast", args=argv, config=_OPTIONS).command
+    args = expand_preset(argv)
+    parsed = tyro.cli(CommandLine, prog="tt-fast", args=args, config=_OPTIONS).command
     return parsed.command if isinstance(parsed, Data) else parsed
 
 

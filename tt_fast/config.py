@@ -98,8 +98,8 @@ class ModelConfig:
 class TrainConfig:
     """How a model is trained; defaults are the original's (config/offline.py:14-53).
 
-    With no budget (`max_tokens`, `max_epochs`, `max_minutes`) training runs the original's: 50
-    million windows. With several, the first one reached ends it.
+    With no budget (`max_tokens`, `max_epochs`, `max_windows`, `max_minutes`) training runs the
+    original's: 50 million windows. With several, the first one reached ends it.
     """
 
     batch_size: int = 256
@@ -116,6 +116,8 @@ class TrainConfig:
     """Budget in target tokens, stop tokens not counted."""
     max_epochs: float | None = None
     """Budget in passes over all windows."""
+    max_windows: int | None = None
+    """Budget in windows."""
     max_minutes: float | None = None
     """Budget in minutes of wall time; the learning rate then follows the clock."""
     num_bins: int = 100
@@ -162,8 +164,9 @@ class TrainConfig:
         require_number("checkpoint_minutes", self.checkpoint_minutes, 0.0, open_low=True)
         if self.termination_penalty is not None:
             require_number("termination_penalty", self.termination_penalty)
-        if self.max_tokens is not None:
-            require_int("max_tokens", self.max_tokens, 1)
+        for name in ("max_tokens", "max_windows"):
+            if getattr(self, name) is not None:
+                require_int(name, getattr(self, name), 1)
         for name in ("max_epochs", "max_minutes"):
             if getattr(self, name) is not None:
                 require_number(name, getattr(self, name), 0.0, open_low=True)

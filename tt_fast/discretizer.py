@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tt_fast.config import Strategy
-from tt_fast.validate import refuse, require, require_choice, require_int
+from tt_fast.validate import refuse, require, require_choice, require_int, require_number
 
 Floats = NDArray[np.float64]
 Tokens = NDArray[np.int64]
@@ -25,12 +26,16 @@ class Discretizer:
     Args:
         thresholds: (num_bins + 1, transition_dim), ascending in each column; duplicates are legal
             (sparse rewards). Kept as float64.
+        edge_tolerance: (relative, absolute) distance below a threshold from which a value counts as
+            above it. The original has none; faster-trajectory-transformer has (1e-5, 1e-8).
 
     Raises:
-        ValueError: wrong shape, not finite, or a column that descends.
+        ValueError: wrong shape, not finite, or a column that descends; a negative tolerance.
     """
 
-    def __init__(self, thresholds: ArrayLike) -> None:
+    def __init__(
+        self, thresholds: ArrayLike, edge_tolerance: tuple[float, float] = (0.0, 0.0)
+    ) -> None:
         edges = _as_floats("thresholds", thresholds)
         shape_ok = edges.ndim == 2 and edges.shape[0] >= 2 and edges.shape[1] >= 1
         require(shape_ok, "thresholds", "shape (num_bins + 1, transition_dim)", edges.shape)
@@ -40,6 +45,10 @@ class Discretizer:
         require(ascending, "thresholds", "ascending columns", f"descents in {descending.tolist()}")
         edges.setflags(write=False)
         self.thresholds: Floats = edges
+        relative, absolute = edge_tolerance
+        for distance in edge_tolerance:
+            require_number("edge_tolerance", distance, 0.0)
+        self.edge_tolerance = (float(relative), float(absolute))
 
     @classmethod
     def fit(
@@ -68,6 +77,25 @@ class Discretizer:
             return cls(np.linspace(low, high, num_bins + 1))
         return cls(_quantile_thresholds(columns, num_bins))
 
+    def arrays(self) -> dict[str, Any]:
+        """All of it as arrays by name, for a file."""
+        found: dict[str, Any] = {"thresholds": self.thresholds}
+        if any(self.edge_tolerance):
+            found["edge_tolerance"] = np.array(self.edge_tolerance)
+        return found
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> Discretizer:
+        """The inverse of `arrays`.
+
+        Raises:
+            KeyError: no thresholds.
+            ValueError: what `Discretizer` refuses.
+        """
+        tolerance = np.asarray(arrays.get("edge_tolerance", (0.0, 0.0)))
+        require(tolerance.shape == (2,), "edge_tolerance", "two numbers", tolerance.shape)
+        return cls(arrays["thresholds"], (tolerance[0].item(), tolerance[1].item()))
+
     @property
     def num_bins(self) -> int:
         """Bins per dimension."""
@@ -94,6 +122,9 @@ class Discretizer:
         shape_ok = values.ndim == 2 and values.shape[1] == edges.shape[1]
         require(shape_ok, "x", f"shape (n, {edges.shape[1]})", values.shape)
         _require_finite("x", values)
+        relative, absolute = self.edge_tolerance
+        if relative or absolute:
+            values += absolute + relative * np.abs(values)
         tokens = np.empty(values.shape, dtype=np.int64)
         for i in range(values.shape[1]):
             tokens[:, i] = np.searchsorted(edges[:, i], values[:, i], side="right") - 1

@@ -6,6 +6,7 @@ Gymnasium and MuJoCo are imported inside functions: training needs neither.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 import sys
 import warnings
@@ -52,9 +53,9 @@ class ControlEnv:
 
     @property
     def max_episode_steps(self) -> int | None:
-        """Steps after which an episode is truncated; None without a time limit."""
-        spec = self.env.spec
-        return None if spec is None else spec.max_episode_steps
+        """Steps that an episode may have; None without a time limit."""
+        own: int | None = getattr(self.env, "max_episode_steps", None)  # of D4RL's wrappers
+        return own or getattr(self.env.spec, "max_episode_steps", None)
 
     def reset(self, seed: int) -> NDArray[np.float64]:
         """Start the episode of this seed; its first observation, (observation_dim,)."""
@@ -104,26 +105,50 @@ def make_env(env_id: str, *, render: bool = False) -> ControlEnv:
         choose_opengl()
     env = _make_gymnasium(env_id, "rgb_array" if render else None)
     try:
-        require_flat_box(env.observation_space, "observation_space", env_id)
-        require_flat_box(env.action_space, "action_space", env_id)
-        width = len(_trimmed(np.zeros(env.observation_space.shape), env_id))
+        return _check_spaces(env, env_id)
     except ValueError:
         env.close()
         raise
-    space = env.action_space
-    bounds = (np.asarray(space.low, np.float32), np.asarray(space.high, np.float32))
-    return ControlEnv(env, env_id, width, bounds)
+
+
+def wrap_env(env: Any, env_id: str | None = None) -> ControlEnv:
+    """An environment object, not a registered id, as the planner needs it.
+
+    Args:
+        env: a `gymnasium.Env`, or any object with gym's old interface: `reset() -> observation`,
+            `step(action) -> (observation, reward, done, info)`, observation_space, action_space;
+            `seed(n)` if it has one. `done` with info["TimeLimit.truncated"] is a truncation.
+        env_id: what to call it; it tells how observations are trimmed, and D4RL's scores. By
+            default the id of its spec, else the name of its class.
+
+    Raises:
+        ImportError: Gymnasium is missing.
+        ValueError: no `reset` and `step`, or a discrete, dict, tuple or image space.
+    """
+    try:
+        import gymnasium
+    except ImportError as error:
+        raise ImportError(f"environments need gymnasium: {MUJOCO_EXTRA}") from error
+    acts = not isinstance(env, type) and all(
+        callable(getattr(env, key, None)) for key in ("reset", "step")
+    )
+    require(acts, "env", "an environment with reset() and step(action)", env)
+    if env_id is None:
+        spec_id = getattr(getattr(env, "spec", None), "id", None)
+        env_id = str(spec_id or type(env).__name__)
+    modern = isinstance(env, gymnasium.Env)
+    return _check_spaces(env if modern else _FourTupleEnv(env), env_id)
 
 
 def require_flat_box(space: Any, name: str, env_id: str) -> None:
-    """`space` is a one-dimensional Box.
+    """`space` is a one-dimensional Box, Gymnasium's or gym's.
 
     Raises:
         ValueError: it is discrete, a dict, a tuple or an image; the message shows it.
     """
     from gymnasium.spaces import Box
 
-    is_box = isinstance(space, Box)
+    is_box = isinstance(space, Box) or type(space).__name__ == "Box"
     label = f"{name} of {env_id}"
     is_image = is_box and len(space.shape) >= 2
     require(not is_image, label, "a 1-D Box (images are not supported)", space)
@@ -144,6 +169,59 @@ def engine_versions() -> dict[str, str | None]:
     """Versions of Gymnasium and, where an environment has loaded it, MuJoCo."""
     loaded = {name: sys.modules.get(name) for name in ("gymnasium", "mujoco")}
     return {name: getattr(module, "__version__", None) for name, module in loaded.items()}
+
+
+class _FourTupleEnv:
+    """An object with gym's old interface, seen through Gymnasium's."""
+
+    def __init__(self, env: Any) -> None:
+        self._env = env
+        self._seeds_reset = "seed" in inspect.signature(env.reset).parameters  # gym 0.26
+
+    @property
+    def spec(self) -> Any:
+        """The registration, if the object knows its own."""
+        return getattr(self._env, "spec", None)
+
+    @property
+    def unwrapped(self) -> Any:
+        """The object inside all wrappers."""
+        return getattr(self._env, "unwrapped", self._env)
+
+    def reset(self, *, seed: int) -> tuple[Any, dict[str, Any]]:
+        """First observation (observation_dim,) of the seed's episode, if the object takes seeds."""
+        if self._seeds_reset:
+            found = self._env.reset(seed=seed)
+        else:
+            if callable(getattr(self._env, "seed", None)):
+                self._env.seed(seed)
+            found = self._env.reset()
+        return (found[0] if isinstance(found, tuple) else found), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        """Observation, reward, terminated, truncated, info."""
+        result = self._env.step(action)
+        if len(result) == 5:
+            return tuple(result)
+        require(len(result) == 4, "env.step", "(observation, reward, done, info)", result)
+        observation, reward, done, info = result
+        truncated = bool(done and info.get("TimeLimit.truncated", False))
+        return observation, float(reward), bool(done) and not truncated, truncated, info
+
+    def __getattr__(self, key: str) -> Any:
+        if key == "_env":  # not there before __init__
+            raise AttributeError(key)
+        return getattr(self._env, key)
+
+
+def _check_spaces(env: Any, env_id: str) -> ControlEnv:
+    """A planner can act in `env`."""
+    for name in ("observation_space", "action_space"):
+        require_flat_box(getattr(env, name, None), name, env_id)
+    width = len(_trimmed(np.zeros(env.observation_space.shape), env_id))
+    space = env.action_space
+    bounds = (np.asarray(space.low, np.float32), np.asarray(space.high, np.float32))
+    return ControlEnv(env, env_id, width, bounds)
 
 
 def _make_gymnasium(env_id: str, render_mode: str | None) -> Any:

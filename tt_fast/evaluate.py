@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from tt_fast.checkpoint import origin
 from tt_fast.data.registry import find_ref_scores
-from tt_fast.envs import ControlEnv, StepResult, engine_versions, make_env
+from tt_fast.envs import ControlEnv, StepResult, engine_versions, make_env, wrap_env
 from tt_fast.results import EpisodeRecord, EvalResult, EvalSummary, aggregate
 from tt_fast.validate import require, require_int
 
@@ -40,6 +40,7 @@ def evaluate(
     seed: int = 0,
     video: str | Path | None = None,
     *,
+    env: Any = None,
     max_steps: int | None = None,
     record: bool = False,
     progress: bool = True,
@@ -56,13 +57,16 @@ def evaluate(
         num_envs: environments side by side; their plans are made together.
         seed: of the first episode.
         video: MP4 to write of the first episode, its imagined plans beside it.
+        env: an environment to play in, where none can be made by id: see `envs.wrap_env`, whose
+            `env_id` is the one above. It plays alone (num_envs 1) and is left open.
         max_steps: end every episode after so many steps; needed where there is no time limit.
         record: keep the first episode in the result.
         progress: show a progress bar.
 
     Raises:
         ImportError: Gymnasium, MuJoCo or what a video needs is missing.
-        ValueError: no such environment, one that does not fit the model, or a number out of range.
+        ValueError: no such environment, one that does not fit the model, a number out of range, or
+            `env` with a video or num_envs above 1.
         RenderError: a video is asked for and this machine cannot draw it; known before playing.
         KeyboardInterrupt: Ctrl-C before any episode was finished.
     """
@@ -70,17 +74,23 @@ def evaluate(
     num_envs = require_int("num_envs", num_envs, 1)
     seed = require_int("seed", seed, 0)
     max_steps = None if max_steps is None else require_int("max_steps", max_steps, 1)
-    env_id = _resolve_env_id(planner, env_id)
-    if video is not None:
-        _rehearse(env_id, Path(video))
-    envs = [make_env(env_id) for _ in range(min(num_envs, episodes))]
+    if env is None:
+        env_id = _resolve_env_id(planner, env_id)
+        if video is not None:
+            _rehearse(env_id, Path(video))
+        envs = [make_env(env_id) for _ in range(min(num_envs, episodes))]
+    else:
+        require(num_envs == 1, "num_envs", "1, as there is one env", num_envs)
+        require(video is None, "video", "None: only environments made by id are filmed", video)
+        envs = [wrap_env(env, env_id)]
+        env_id = envs[0].env_id
     try:
         _check_env(envs[0], planner, max_steps)
         rollouts = _Rollouts(planner, envs, seed, max_steps, record or video is not None)
         rollouts.play(episodes, progress)
     finally:
-        for env in envs:
-            env.close()
+        for control_env in envs if env is None else []:
+            control_env.close()
     result = rollouts.result(planner, env_id)
     if video is not None and result.record is None:
         warnings.warn("no video was written: its episode was not finished", stacklevel=2)
@@ -147,6 +157,9 @@ class _Rollouts:
         self._planner = planner.replicate(len(envs), envs[0].action_bounds)
         self._envs = envs
         self._seed, self._max_steps, self._record = seed, max_steps, record
+        # an environment without its wrappers knows its time limit and does not keep it
+        limits = [steps for steps in (max_steps, envs[0].max_episode_steps) if steps is not None]
+        self._step_limit = min(limits)
         self._running: dict[int, _Episode] = {}  # by environment
         self._finished: list[_Episode] = []
         self._num_started = 0
@@ -231,7 +244,7 @@ class _Rollouts:
                 episode.recorder.add(actions[env_idx], step, plans[env_idx])
             episode.rewards.append(step.reward)
             episode.observation, episode.terminated = step.observation, step.terminated
-            if step.terminated or step.truncated or len(episode.rewards) == self._max_steps:
+            if step.terminated or step.truncated or len(episode.rewards) == self._step_limit:
                 ended.append(env_idx)
         self._observe(rewards, terminated)
         self._finished.extend(self._running.pop(env_idx) for env_idx in ended)

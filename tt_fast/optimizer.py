@@ -55,6 +55,8 @@ class Budget:
             used.append(tokens / config.max_tokens)
         if config.max_epochs is not None:
             used.append(windows / (config.max_epochs * self.num_windows))
+        if config.max_windows is not None:
+            used.append(windows / config.max_windows)
         if config.max_minutes is not None:
             used.append(seconds / (60.0 * config.max_minutes))
         return max(used, default=windows / ORIGINAL_WINDOWS)

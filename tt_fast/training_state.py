@@ -24,8 +24,8 @@ from tt_fast.validate import require
 _STATE = "training_state.safetensors"
 #: Fields that a resumed run may change; all others decide the result.
 _FREE_FIELDS = {
-    "max_tokens", "max_epochs", "max_minutes", "device", "log_steps", "checkpoint_steps",
-    "checkpoint_minutes",
+    "max_tokens", "max_epochs", "max_windows", "max_minutes", "device", "log_steps",
+    "checkpoint_steps", "checkpoint_minutes",
 }  # fmt: skip
 
 

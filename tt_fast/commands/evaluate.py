@@ -14,6 +14,7 @@ import tyro
 from tt_fast.commands.base import Command
 from tt_fast.config import PlanConfig
 from tt_fast.files import atomic_write
+from tt_fast.presets import check_preset
 from tt_fast.validate import require
 
 if TYPE_CHECKING:
@@ -64,6 +65,9 @@ class Evaluate(Command):
     """Dataset of --histogram, as `tt-fast train` takes it."""
     no_progress: bool = False
     """Show no progress bar."""
+    preset: str | None = None
+    """The original's settings for a dataset, jannerm/hopper-medium-v2 and the like; options given
+    beside it win."""
     plan: PlanConfig = field(default_factory=PlanConfig)
     """The beam search; defaults are the original's. Of --cdf-* and --k-* both apply, cdf first."""
     results: list[Any] = field(default_factory=list, init=False)
@@ -93,6 +97,7 @@ class Evaluate(Command):
         return f"finished episodes are in {self.out}"
 
     def _check(self) -> None:
+        check_preset(self.preset)
         require(len(self.checkpoints) > 0, "checkpoints", "at least one folder", "none")
         from tt_fast.checkpoint import resolve
 

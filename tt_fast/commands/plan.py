@@ -14,6 +14,7 @@ import tyro
 from tt_fast.commands.base import Command
 from tt_fast.config import PlanConfig
 from tt_fast.files import to_json
+from tt_fast.presets import check_preset
 from tt_fast.validate import require
 
 if TYPE_CHECKING:
@@ -38,6 +39,9 @@ class Plan(Command):
     """Seed of the plan."""
     json: bool = False
     """Print everything as JSON instead of a table without observations."""
+    preset: str | None = None
+    """The original's settings for a dataset, jannerm/hopper-medium-v2 and the like; options given
+    beside it win."""
     plan: PlanConfig = field(default_factory=PlanConfig)
     """The beam search; defaults are the original's. Of --cdf-* and --k-* both apply, cdf first."""
 
@@ -47,6 +51,7 @@ class Plan(Command):
         from tt_fast.checkpoint import Checkpoint
         from tt_fast.planning import ImaginedPlan, Planner
 
+        check_preset(self.preset)
         observation = read_observation(self.observation)
         planner = Planner(
             Checkpoint.load(self.checkpoint),

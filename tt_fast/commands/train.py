@@ -10,6 +10,7 @@ import tyro
 
 from tt_fast.commands.base import Command
 from tt_fast.config import TOKEN_KINDS, ModelConfig, TrainConfig, config_to_dict
+from tt_fast.presets import check_preset
 
 if TYPE_CHECKING:
     from tt_fast.checkpoint import Checkpoint
@@ -51,12 +52,15 @@ class Train(Command):
     """Returns that score 0 and 100, if they are not known."""
     resume: bool = False
     """Continue from the newest checkpoint of the run folder."""
+    preset: str | None = None
+    """The original's settings for a dataset, jannerm/hopper-medium-v2 and the like; options given
+    beside it win."""
     no_progress: bool = False
     """Show no progress bar."""
     model: ModelOptions = field(default_factory=ModelOptions)
     """The model; its dimensions come from the dataset, its vocab_size is --num-bins."""
     train: TrainConfig = field(default_factory=TrainConfig)
-    """Without a budget in tokens, epochs or minutes training runs the original's 50 million
+    """Without a budget (tokens, epochs, windows, minutes) training runs the original's 50 million
     windows; with several, the first one reached ends it."""
 
     def run(self) -> None:
@@ -64,6 +68,7 @@ class Train(Command):
         from tt_fast.data import load_dataset
         from tt_fast.train import train
 
+        check_preset(self.preset)
         dataset = load_dataset(self.dataset, env_id=self.env_id, ref_scores=self.ref_scores)
         model_config = self.model.complete(dataset, self.train.num_bins)
         checkpoint = train(

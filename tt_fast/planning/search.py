@@ -253,16 +253,23 @@ def _check_contexts(contexts: Any, model: ModelConfig, config: PlanConfig) -> li
     require(hasattr(contexts, "__len__") and len(contexts) > 0, "contexts", expected, contexts)
     arrays = []
     for i, context in enumerate(contexts):
-        name = f"contexts[{i}]"
-        tokens = _check_tokens(name, context, model.vocab_size)
-        past, rest = divmod(len(tokens), model.transition_dim)
-        require(
-            rest == model.observation_dim, name,
-            f"a length of k * {model.transition_dim} + {model.observation_dim}", len(tokens),
-        )  # fmt: skip
-        check_overflow(model, config, past)
+        tokens = check_context(f"contexts[{i}]", context, model)
+        check_overflow(model, config, len(tokens) // model.transition_dim)
         arrays.append(tokens)
     return arrays
+
+
+def check_context(name: str, context: Any, model: ModelConfig) -> Tokens:
+    """(context_len,) int64: past transitions, then an observation.
+
+    Raises:
+        ValueError: wrong shape, type, length or range; `name` says of what.
+    """
+    tokens = _check_tokens(name, context, model.vocab_size)
+    width, rest = model.transition_dim, len(tokens) % model.transition_dim
+    expected = f"a length of k * {width} + {model.observation_dim}"
+    require(rest == model.observation_dim, name, expected, len(tokens))
+    return tokens
 
 
 def _check_tokens(name: str, tokens: Any, highest: int) -> Tokens:
