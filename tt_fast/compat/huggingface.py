@@ -214,7 +214,8 @@ class TrajectoryTransformerModel(nn.Module):
         values = huggingface.config_values(checkpoint.model.config)
         if find_format(folder) == huggingface.NAME:
             values |= read_json(folder / huggingface.CONFIG)
-        model = cls(TrajectoryTransformerConfig.from_dict(values))
+        with torch.random.fork_rng([]):  # initial weights draw from the global generator
+            model = cls(TrajectoryTransformerConfig.from_dict(values))
         model.load_state_dict(_their_names(checkpoint.model))
         model.discretizer = checkpoint.discretizer
         return model.eval()
