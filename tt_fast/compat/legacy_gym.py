@@ -59,7 +59,7 @@ class LegacyEnv:
     """One Gymnasium environment, seen through the interface of gym 0.18 and D4RL.
 
     What is not here is the inner environment's own (`dt`, `frame_skip`, `spec`). Attributes may be
-    set, as the original sets `name` and `max_episode_steps` (trajectory/datasets/d4rl.py:82-84).
+    set, as the original sets `name` and `max_episode_steps` (trajectory/datasets/d4rl.py:83-84).
 
     An ant of D4RL's has observations of 111 dimensions, Gymnasium's Ant-v4 the first 27 of them.
     The others are contact forces: zero with the mujoco_py that made D4RL's files (Gymnasium's

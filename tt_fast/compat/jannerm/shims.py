@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from tt_fast.compat.jannerm.tap_stand_in import Tap
 from tt_fast.compat.offscreen import OffscreenContext
@@ -92,12 +93,7 @@ def vwrite(
     except ValueError:
         fps = float("nan")
     require_number("-r", fps, 0.0, 1000.0, open_low=True)
-    frames = np.asarray(videodata).astype(np.uint8)
-    if frames.ndim == 3:
-        frames = frames[..., None]
-    expected = "(frames, height, width, 3), at least one frame"
-    good = frames.ndim == 4 and len(frames) > 0 and frames.shape[-1] in (1, 3)
-    require(good, "videodata", expected, frames.shape)
+    frames = _frames(videodata)
     problem = video_problem()
     if problem is not None:
         raise ImportError(problem)
@@ -110,8 +106,19 @@ def vwrite(
         ) as opened,
     ):
         writer: Any = opened
-        for frame in np.broadcast_to(frames, (*frames.shape[:-1], 3)):
+        for frame in frames:
             writer.append_data(np.ascontiguousarray(frame))
+
+
+def _frames(videodata: Any) -> NDArray[np.uint8]:
+    """(frames, height, width, 3), grey ones in three equal colours."""
+    frames = np.asarray(videodata).astype(np.uint8)
+    if frames.ndim == 3:
+        frames = frames[..., None]
+    expected = "(frames, height, width, 3), at least one frame"
+    good = frames.ndim == 4 and len(frames) > 0 and frames.shape[-1] in (1, 3)
+    require(good, "videodata", expected, frames.shape)
+    return np.broadcast_to(frames, (*frames.shape[:-1], 3))
 
 
 def video_problem() -> str | None:
