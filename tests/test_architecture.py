@@ -24,7 +24,7 @@ LAYERS = (
     {"data", "discretizer"},
     {"kernels", "model"},
     {"formats"},
-    {"checkpoint", "losses", "metrics", "optimizer", "train", "training_state"},
+    {"checkpoint", "losses", "metrics", "optimizer", "train", "training_pass", "training_state"},
     {"planning"},
     {"collect", "envs", "evaluate", "plots", "results", "video"},
     {"bench", "compat", "demo", "markup", "measure", "report", "tables", "tradeoff"},

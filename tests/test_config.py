@@ -146,6 +146,7 @@ def test_model_config_refuses(field: str, value: Any, message: str) -> None:
         ("termination_penalty", float("nan"), "expected a finite number in [-inf, inf], got nan"),
         ("max_tokens", 0, AT_LEAST_1),
         ("max_windows", 0, AT_LEAST_1),
+        ("pass_windows", 0, AT_LEAST_1),
         ("max_epochs", 0.0, POSITIVE),
         ("max_minutes", 0.0, POSITIVE),
         ("strategy", "kmeans", "expected one of 'quantile', 'uniform', got 'kmeans'"),

@@ -104,6 +104,9 @@ class TrainConfig:
 
     batch_size: int = 256
     """Windows per optimiser step."""
+    pass_windows: int | None = None
+    """Windows that go through the model at once, their gradients added up to a step's; less is less
+    memory. None: some 2,048 tokens on the CPU, all windows of a step elsewhere."""
     learning_rate: float = 6e-4
     """Peak learning rate, reached after warm-up."""
     weight_decay: float = 0.1
@@ -150,6 +153,8 @@ class TrainConfig:
             require_int(name, getattr(self, name), 1)
         longest = self.max_path_length
         require(self.step <= longest, "step", f"at most max_path_length={longest}", self.step)
+        if self.pass_windows is not None:
+            require_int("pass_windows", self.pass_windows, 1)
         require_int("num_bins", self.num_bins, 2)
         require_int("seed", self.seed, 0, 2**63 - 1)
         require_number("learning_rate", self.learning_rate, 0.0, open_low=True)

@@ -216,6 +216,15 @@ class TrajectoryTransformer(nn.Module):
         return torch.stack(maps)
 
     def _embed(self, tokens: Tensor, goal: Tensor | None) -> Tensor:
+        """`_embedding`, with dropout of the tokens but not of the goal."""
+        x = self._embedding(tokens, goal)
+        goal_len = self.config.goal_len
+        if goal is None:
+            dropped: Tensor = self.drop(x)
+            return dropped
+        return torch.cat([x[:, :goal_len], self.drop(x[:, goal_len:])], dim=1)
+
+    def _embedding(self, tokens: Tensor, goal: Tensor | None) -> Tensor:
         """(B, goal_len + T, E): token plus position; a goal's embedding before them."""
         config = self.config
         self._check_tokens("tokens", tokens)
@@ -223,7 +232,6 @@ class TrajectoryTransformer(nn.Module):
         require(shape_ok, "tokens", f"shape (B, T), T <= {config.block_size}", tuple(tokens.shape))
         self._check_goal(goal, len(tokens))
         x: Tensor = self.tok_emb(self._offset(tokens)) + self.pos_emb[:, : tokens.shape[1]]
-        x = self.drop(x)
         if goal is not None:
             x = torch.cat([self.goal_emb(self._offset(goal)), x], dim=1)
         return x

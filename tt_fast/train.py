@@ -35,6 +35,7 @@ from tt_fast.losses import evaluate_losses, marginal_losses, model_batch
 from tt_fast.metrics import LOSS_NAMES, MetricsLog
 from tt_fast.model import TrajectoryTransformer
 from tt_fast.optimizer import Budget, build_optimizer
+from tt_fast.training_pass import CPU_PASS_TOKENS, Batch, ParallelPasses
 from tt_fast.training_state import Position, RunIdentity, read_state, write_state
 from tt_fast.validate import require
 
@@ -151,6 +152,9 @@ class _Trainer:
         self.windows, self.discretizer = windows, discretizer
         self.model = TrajectoryTransformer(model_config).to(device)
         self.optimizer = build_optimizer(self.model, config)
+        self.pass_windows = _pass_windows(config, windows, device)
+        on_cpu = device.type == "cpu"
+        self.passes = ParallelPasses(self.model, torch.get_num_threads()) if on_cpu else None
         self.budget = Budget(config, len(windows), windows.window_len)
         self.identity = RunIdentity(model_config, config, _digest(windows, discretizer))
         self.at = Position()
@@ -181,6 +185,8 @@ class _Trainer:
         finally:
             bar.close()
             log.close()
+            if self.passes is not None:
+                self.passes.close()
 
     def _run_steps(
         self, output_dir: Path, log: MetricsLog, bar: Any, interrupted: threading.Event
@@ -215,18 +221,35 @@ class _Trainer:
         learning_rate = self.budget.learning_rate(self.at.tokens, self.fraction)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        inputs, targets, mask, goal = model_batch(self.model, self.windows, window_ids)
-        bfloat16 = self.config.precision == "bfloat16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
-            token_losses = self.model.token_losses(inputs, targets, goal)
+        batches = [
+            Batch(*model_batch(self.model, self.windows, ids))
+            for ids in window_ids.split(self.pass_windows)
+        ]
+        token_losses = torch.cat(self._backward(batches))
+        targets = torch.cat([batch.targets for batch in batches])
+        mask = torch.cat([batch.mask for batch in batches])
         loss = self.model.weighted_loss(token_losses, mask)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
         self._require_finite(loss, norm)
         self.optimizer.step()
         self.eval_losses = {}
-        self._account(loss, token_losses.detach(), targets, mask)
+        self._account(loss, token_losses, targets, mask)
+
+    def _backward(self, batches: list[Batch]) -> list[Tensor]:
+        """Gradients of a step; the losses of each batch's tokens, (B, T)."""
+        bfloat16 = self.config.precision == "bfloat16"
+        if self.passes is not None:
+            address = (self.config.seed, self.at.step)
+            return self.passes.backward(batches, address=address, bfloat16=bfloat16)
+        self.optimizer.zero_grad(set_to_none=True)
+        num_windows, found = sum(len(batch.inputs) for batch in batches), []
+        for batch in batches:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
+                losses = self.model.token_losses(batch.inputs, batch.targets, batch.goal)
+            share = len(batch.inputs) / num_windows
+            (share * self.model.weighted_loss(losses, batch.mask)).backward()
+            found.append(losses.detach())
+        return found
 
     def _next_window_ids(self) -> Tensor:
         """(batch,) ids; every epoch visits all windows once, in an order of its own."""
@@ -324,6 +347,14 @@ class _Trainer:
             write_state(temporary, self.identity, self.at, self.model, self.optimizer)
         for old in sorted(folder.parent.glob("step_*"))[:-_KEPT_CHECKPOINTS]:
             shutil.rmtree(_hide(old))
+
+
+def _pass_windows(config: TrainConfig, windows: TokenWindows, device: torch.device) -> int:
+    """Windows of one pass: what fits a processor's caches, a whole batch elsewhere."""
+    if config.pass_windows is not None:
+        return config.pass_windows
+    on_cpu = device.type == "cpu"
+    return max(1, CPU_PASS_TOKENS // windows.window_len) if on_cpu else config.batch_size
 
 
 def _digest(windows: TokenWindows, discretizer: Discretizer) -> str:

@@ -236,8 +236,7 @@ class _Stage:
         model.vis.global_.offwidth = max(width, model.vis.global_.offwidth)
         model.vis.global_.offheight = max(height, model.vis.global_.offheight)
         self._mujoco, self._model = mujoco, model
-        self._gl, self._context = _open_gl(model, size)
-        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
+        self._gl, self._context = open_gl(model, size)
         self._scene = mujoco.MjvScene(model, maxgeom=1000)
         self._scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
         self._body, self._ghost = mujoco.MjData(model), mujoco.MjData(model)
@@ -292,23 +291,37 @@ class _Stage:
         return camera
 
 
-def _open_gl(model: Any, size: tuple[int, int]) -> tuple[Any, Any]:
-    """An OpenGL context without a window, and MuJoCo's renderer of `model` in it.
+def open_gl(model: Any, size: tuple[int, int]) -> tuple[Any, Any]:
+    """An OpenGL context without a window, current in this thread, and MuJoCo's renderer in it.
 
     MUJOCO_GL chooses the platform, on Linux EGL if it is unset: that one needs no display. MuJoCo
     itself reads the variable only once, at its import, which lies behind us.
+
+    Args:
+        model: an `mujoco.MjModel`, whose off-screen buffer is drawn to.
+        size: (width, height) in pixels.
+
+    Raises:
+        RenderError: no OpenGL here.
     """
+    platform = os.environ.get("MUJOCO_GL") or ("egl" if sys.platform == "linux" else "")
+    module = f"mujoco.{platform}" if platform in ("egl", "osmesa", "glfw") else "mujoco"
+    try:
+        gl = importlib.import_module(module).GLContext(*size)
+        gl.make_current()
+        return gl, offscreen_renderer(model)
+    except Exception as error:  # OpenGL loaders fail with any type, AttributeError included
+        named = platform or "unset"
+        raise RenderError(f"no OpenGL on this machine (MUJOCO_GL={named}): {error}") from error
+
+
+def offscreen_renderer(model: Any) -> Any:
+    """MuJoCo's renderer in the current OpenGL context, with a buffer as large as `model` says."""
     import mujoco
 
-    backend = os.environ.get("MUJOCO_GL") or ("egl" if sys.platform == "linux" else "")
-    module = f"mujoco.{backend}" if backend in ("egl", "osmesa", "glfw") else "mujoco"
-    try:
-        context = importlib.import_module(module).GLContext(*size)
-        context.make_current()
-        return context, mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
-    except Exception as error:  # OpenGL loaders fail with any type, AttributeError included
-        named = backend or "unset"
-        raise RenderError(f"no OpenGL on this machine (MUJOCO_GL={named}): {error}") from error
+    context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
+    mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, context)
+    return context
 
 
 def _compose(scene: Scene, speed: float) -> Picture:

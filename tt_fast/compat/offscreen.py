@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tt_fast.validate import require_int
-from tt_fast.video import RenderError
+from tt_fast.video import offscreen_renderer, open_gl
 
 Picture = NDArray[np.uint8]
 
@@ -38,7 +35,7 @@ class OffscreenContext:
         self.sim, self._mujoco = sim, mujoco
         offscreen = sim.model.vis.global_
         self._size = (int(offscreen.offwidth), int(offscreen.offheight))
-        self._gl, self._context = _open_gl(sim.model, self._size)
+        self._gl, self._context = open_gl(sim.model, self._size)
         self.scn = mujoco.MjvScene(sim.model, maxgeom=1000)
         self.vopt, self.pert = mujoco.MjvOption(), mujoco.MjvPerturb()
         self.cam = self._free_camera()
@@ -88,7 +85,7 @@ class OffscreenContext:
         offscreen = self.sim.model.vis.global_
         offscreen.offwidth, offscreen.offheight = self._size
         self._context.free()
-        self._context = _offscreen(self.sim.model)
+        self._context = offscreen_renderer(self.sim.model)
 
     def _free_camera(self) -> Any:
         camera = self._mujoco.MjvCamera()
@@ -104,34 +101,9 @@ def opengl_problem() -> str | None:
     try:
         import mujoco
 
-        gl, context = _open_gl(mujoco.MjModel.from_xml_string("<mujoco/>"), (64, 64))
+        gl, context = open_gl(mujoco.MjModel.from_xml_string("<mujoco/>"), (64, 64))
     except Exception as error:  # MuJoCo's import fails with any type if MUJOCO_GL names what is not
         return " ".join(str(error).split())
     context.free()
     gl.free()
     return None
-
-
-def _open_gl(model: Any, size: tuple[int, int]) -> tuple[Any, Any]:
-    """An OpenGL context without a window, current in this thread, and MuJoCo's renderer in it.
-
-    MUJOCO_GL chooses the platform, on Linux EGL if it is unset: that one needs no display.
-    """
-    platform = os.environ.get("MUJOCO_GL") or ("egl" if sys.platform == "linux" else "")
-    module = f"mujoco.{platform}" if platform in ("egl", "osmesa", "glfw") else "mujoco"
-    try:
-        gl = importlib.import_module(module).GLContext(*size)
-        gl.make_current()
-        return gl, _offscreen(model)
-    except Exception as error:  # OpenGL loaders fail with any type, AttributeError included
-        named = platform or "unset"
-        raise RenderError(f"no OpenGL on this machine (MUJOCO_GL={named}): {error}") from error
-
-
-def _offscreen(model: Any) -> Any:
-    """MuJoCo's renderer of a model, with a buffer as large as the model says."""
-    import mujoco
-
-    context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150)
-    mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, context)
-    return context

@@ -1,0 +1,337 @@
+"""A training pass on the processor: the model's losses with gradients, made for its caches.
+
+The same mathematics as `TrajectoryTransformer.token_losses` in training mode, with three changes
+that a profile asked for:
+
+- a step's windows pass through in groups whose activations stay in the cache, each group on one
+  thread from beginning to end, so that threads wait for each other once a step;
+- dropout masks come from a generator ten times as fast as torch's on a processor, and are kept as
+  bytes; they are addressed by (seed, step, pass), so resuming needs no state of it;
+- attention is one autograd node, which keeps probabilities and mask and nothing else, and float32
+  matrix products go to oneDNN, twice as fast as torch's default where that is MKL on an AMD.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tt_fast.model import Block, TrajectoryTransformer
+
+#: Tokens of one pass, about: with these a pass of the official models is fastest.
+CPU_PASS_TOKENS = 2048
+
+_UNIFORM_VALUES = 2**16
+
+
+class Batch(NamedTuple):
+    """Windows of one pass."""
+
+    inputs: Tensor
+    """(B, T) tokens"""
+    targets: Tensor
+    """(B, T) tokens"""
+    mask: Tensor
+    """(B, T), zero where an input does not count"""
+    goal: Tensor | None
+    """(B, observation_dim) tokens"""
+
+
+class ParallelPasses:
+    """A step's gradients from passes side by side, one thread each.
+
+    Every thread has a model of its own over the same weights, and adds up gradients of its own;
+    passes go to threads in turn and the sums are added in order, so that a number of threads has
+    one result.
+
+    Args:
+        model: on the CPU.
+        num_threads: passes at a time.
+    """
+
+    def __init__(self, model: TrajectoryTransformer, num_threads: int) -> None:
+        self.model = model
+        self._workers = [_with_shared_weights(model) for _ in range(num_threads)]
+        self._pool = ThreadPoolExecutor(
+            num_threads, initializer=torch.set_num_threads, initargs=(1,)
+        )
+
+    def backward(
+        self, batches: Sequence[Batch], *, address: tuple[int, ...], bfloat16: bool
+    ) -> list[Tensor]:
+        """Set the model's gradients to those of the weighted, masked loss over all batches.
+
+        Args:
+            batches: of a step, in order.
+            address: of the step; pass i draws its dropout at (*address, i).
+            bfloat16: arithmetic under autocast.
+
+        Returns:
+            Losses of each batch's tokens, (B, T), nats.
+        """
+        num_windows = sum(len(batch.inputs) for batch in batches)
+
+        def run(worker_idx: int) -> list[Tensor]:
+            model, found = self._workers[worker_idx], []
+            model.zero_grad(set_to_none=True)
+            for pass_idx in range(worker_idx, len(batches), len(self._workers)):
+                batch, masks = batches[pass_idx], DropoutMasks(*address, pass_idx)
+                with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+                    losses = pass_losses(model, batch.inputs, batch.targets, batch.goal, masks)
+                share = len(batch.inputs) / num_windows
+                (share * model.weighted_loss(losses, batch.mask)).backward()
+                found.append(losses.detach())
+            return found
+
+        with _one_thread_an_operation():
+            by_worker = list(self._pool.map(run, range(len(self._workers))))
+        self._add_gradients()
+        count = len(self._workers)
+        return [by_worker[i % count][i // count] for i in range(len(batches))]
+
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.shutdown()
+
+    def _add_gradients(self) -> None:
+        each = zip(*(worker.parameters() for worker in self._workers), strict=True)
+        for parameter, theirs in zip(self.model.parameters(), each, strict=True):
+            parts = [p.grad for p in theirs if p.grad is not None]  # a worker may have had no pass
+            parameter.grad = functools.reduce(torch.add, parts)
+
+
+def _with_shared_weights(model: TrajectoryTransformer) -> TrajectoryTransformer:
+    """A model over the same weights whose gradients are its own."""
+    with torch.random.fork_rng([]):  # initial weights draw from the global generator
+        twin = TrajectoryTransformer(model.config)
+    for name, parameter in model.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        twin.get_submodule(owner).register_parameter(leaf, nn.Parameter(parameter.detach()))
+    return twin.train()
+
+
+@contextmanager
+def _one_thread_an_operation() -> Iterator[None]:
+    """Torch's operations use one thread each; what it was is put back."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class DropoutMasks:
+    """Masks of one pass, drawn one after another.
+
+    Args:
+        address: whole numbers that name the pass, such as (seed, step, pass); the same address
+            gives the same masks.
+    """
+
+    def __init__(self, *address: int) -> None:
+        self._generator = np.random.Generator(np.random.SFC64(list(address)))
+
+    def keep(self, shape: tuple[int, ...], probability: float) -> Tensor:
+        """uint8 of that shape: 0 with `probability`, rounded to a multiple of 2^-16, else 1."""
+        count = math.prod(shape)
+        words = self._generator.integers(0, 2**64, size=(count + 3) // 4, dtype=np.uint64)
+        uniform = torch.from_numpy(words.view(np.int16)[:count]).view(shape)
+        first_kept = round(probability * _UNIFORM_VALUES) - _UNIFORM_VALUES // 2
+        if first_kept == _UNIFORM_VALUES // 2:  # no int16: nothing is kept
+            return torch.zeros(shape, dtype=torch.uint8)
+        return uniform.ge(first_kept).view(torch.uint8)
+
+
+def pass_losses(
+    model: TrajectoryTransformer,
+    tokens: Tensor,
+    targets: Tensor,
+    goal: Tensor | None,
+    masks: DropoutMasks | None,
+) -> Tensor:
+    """(B, T) cross-entropy of each target token, nats, with gradients.
+
+    Args:
+        model: on the CPU; its dropout modules are not asked, only its config.
+        tokens, targets, goal: as `TrajectoryTransformer.token_losses` takes them.
+        masks: where dropout comes from; None: no dropout.
+    """
+    config = model.config
+    x = model._embedding(tokens, goal)
+    x = _dropout(x, masks, config.embed_dropout, start=config.goal_len)
+    hidden = ~model._mask[: x.shape[1], : x.shape[1]]
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        x = _block(block, x, hidden, masks)
+    logits = model._logits(x[:, config.goal_len :])
+    if logits.dtype == torch.bfloat16:
+        logits = logits.float()
+    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    return losses.view(targets.shape)
+
+
+def _block(block: Block, x: Tensor, hidden: Tensor, masks: DropoutMasks | None) -> Tensor:
+    """(B, T, E) -> (B, T, E); `hidden` (T, T) is True where a query must not see a key."""
+    attn, width = block.attn, x.shape[-1]
+    weight = torch.cat([attn.query.weight, attn.key.weight, attn.value.weight])
+    bias = torch.cat([attn.query.bias, attn.key.bias, attn.value.bias])
+    qkv = linear(block.ln1(x), weight, bias).unflatten(2, (3, attn.num_heads, -1))
+    query, key, value = qkv.permute(2, 0, 3, 1, 4).flatten(1, 2).contiguous()  # (B * H, T, d) each
+    keep = None
+    if masks is not None and attn.dropout > 0.0:
+        keep = masks.keep((len(query), *hidden.shape), attn.dropout)
+    y = attention(query, key, value, hidden, keep, attn.dropout)
+    y = y.unflatten(0, (len(x), attn.num_heads)).transpose(1, 2).reshape(*x.shape[:2], width)
+    drop = float(attn.resid_drop.p)
+    x = x + _dropout(linear(y, attn.proj.weight, attn.proj.bias), masks, drop)
+    up, down = block.mlp[0], block.mlp[2]
+    assert isinstance(up, nn.Linear)
+    assert isinstance(down, nn.Linear)
+    h = F.gelu(linear(block.ln2(x), up.weight, up.bias))
+    return x + _dropout(linear(h, down.weight, down.bias), masks, drop)
+
+
+# ---- dropout ----
+
+
+def _dropout(x: Tensor, masks: DropoutMasks | None, probability: float, start: int = 0) -> Tensor:
+    """Zero elements with `probability` and scale the others; rows before `start` are left alone."""
+    if masks is None or probability == 0.0:
+        return x
+    if start:
+        return torch.cat([x[:, :start], _dropout(x[:, start:], masks, probability)], dim=1)
+    dropped: Tensor = _Dropout.apply(x, masks.keep(tuple(x.shape), probability), probability)  # type: ignore[no-untyped-call]
+    return dropped
+
+
+class _Dropout(torch.autograd.Function):
+    """x * keep / (1 - probability); what is kept for the gradient is bytes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, keep: Tensor, probability: float) -> Tensor:
+        ctx.save_for_backward(keep)
+        ctx.scale = _scale(probability)
+        return (x * keep.to(x.dtype)).mul_(ctx.scale)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None]:
+        (keep,), (gradient,) = ctx.saved_tensors, gradients
+        return (gradient * keep.to(gradient.dtype)).mul_(ctx.scale), None, None
+
+
+def _scale(probability: float) -> float:
+    return 1.0 / (1.0 - probability) if probability < 1.0 else 0.0
+
+
+# ---- attention ----
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    hidden: Tensor,
+    keep: Tensor | None,
+    probability: float,
+) -> Tensor:
+    """Softmax attention whose weights are dropped where `keep` is 0.
+
+    Args:
+        query, key, value: (N, T, d), N sequences times heads.
+        hidden: (T, T) bool, True where a query (row) must not see a key (column).
+        keep: (N, T, T) uint8, or None for no dropout.
+        probability: of a weight to be dropped; the others are scaled by 1 / (1 - probability).
+
+    Returns:
+        (N, T, d).
+    """
+    y: Tensor = _Attention.apply(query, key, value, hidden, keep, probability)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        hidden: Tensor,
+        keep: Tensor | None,
+        probability: float,
+    ) -> Tensor:
+        ctx.scale = 1.0 / math.sqrt(query.shape[-1])
+        ctx.drop_scale = _scale(probability) if keep is not None else 1.0
+        bias = torch.zeros(hidden.shape, dtype=query.dtype).masked_fill_(hidden, -math.inf)[None]
+        weights = torch.baddbmm(bias, query, key.transpose(1, 2), alpha=ctx.scale).softmax(-1)
+        ctx.save_for_backward(query, key, value, weights, keep)
+        return torch.bmm(_kept(weights, keep), value).mul_(ctx.drop_scale)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
+        query, key, value, weights, keep = ctx.saved_tensors
+        # y = s (W * M) v, W = softmax(z): dv = s (W * M)^T dy, dW = s M * (dy v^T),
+        # dz = W * (dW - sum_k W dW)
+        dy = gradients[0] * ctx.drop_scale
+        dvalue = torch.bmm(_kept(weights, keep).transpose(1, 2), dy)
+        dweights = _kept(torch.bmm(dy, value.transpose(1, 2)), keep)
+        dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)
+        dscores *= ctx.scale
+        dquery, dkey = torch.bmm(dscores, key), torch.bmm(dscores.transpose(1, 2), query)
+        return dquery, dkey, dvalue, None, None, None
+
+
+def _kept(x: Tensor, keep: Tensor | None) -> Tensor:
+    return x if keep is None else x * keep.to(x.dtype)
+
+
+# ---- matrix products ----
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x W^T + b, (..., I) -> (..., O), by the fastest product for its type.
+
+    In float32 that is oneDNN's where this torch has it; under autocast torch's own.
+    """
+    if not _ONEDNN or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        return F.linear(x, weight, bias)
+    y: Tensor = _OneDnnLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    return y
+
+
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+_ONEDNN = _has_onednn()
+
+
+def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a b^T + bias of contiguous float32 (M, K), (N, K)."""
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+    return y
+
+
+class _OneDnnLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        dy = gradients[0].reshape(-1, len(weight))
+        dx = _product(dy, weight.T.contiguous()).view(x.shape)
+        dweight = _product(dy.T.contiguous(), x.flatten(0, -2).T.contiguous())
+        return dx, dweight, dy.sum(0)
