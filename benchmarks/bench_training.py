@@ -31,7 +31,7 @@ from tt_fast.measure import Ceiling
 from tt_fast.optimizer import build_optimizer
 from tt_fast.planning.cpu import available_cpus
 from tt_fast.tables import Column, head_line, row_line, short
-from tt_fast.training_pass import CPU_PASS_TOKENS, Batch, ParallelPasses
+from tt_fast.training_pass import Batch, ParallelPasses, even_passes
 
 ENGINES = (("original", "float32"), ("cpu", "float32"), ("cpu", "bfloat16"))
 BATCH = 256
@@ -150,7 +150,7 @@ def our_step(
 ) -> Callable[[], None]:
     """A step of `tt_fast.train` on the processor."""
     optimizer = build_optimizer(model, CONFIG)
-    passes, batches = ParallelPasses(model, num_threads), split(model, batch)
+    passes, batches = ParallelPasses(model, num_threads), split(model, batch, num_threads)
 
     def step() -> None:
         passes.backward(batches, address=(0,), bfloat16=bfloat16)
@@ -160,9 +160,9 @@ def our_step(
     return step
 
 
-def split(model: TrajectoryTransformer, batch: Batch) -> list[Batch]:
+def split(model: TrajectoryTransformer, batch: Batch, num_threads: int) -> list[Batch]:
     """Passes of a step, as `tt_fast.train` cuts them."""
-    windows = max(1, CPU_PASS_TOKENS // model.config.block_size)
+    windows = even_passes(len(batch.inputs), model.config.block_size, num_threads)
     parts = (x.split(windows) for x in (batch.inputs, batch.targets, batch.mask))
     return [Batch(*part, None) for part in zip(*parts, strict=True)]
 
@@ -199,7 +199,7 @@ def check(original: Original, task: str) -> None:
     _, want = gpt(batch.inputs, batch.targets.contiguous(), batch.mask)
     want.backward()
     passes = ParallelPasses(model, 2)
-    losses = passes.backward(split(model, batch), address=(0,), bfloat16=False)
+    losses = passes.backward(split(model, batch, 2), address=(0,), bfloat16=False)
     passes.close()
     got = model.weighted_loss(torch.cat(losses), batch.mask)
     torch.testing.assert_close(got, want.detach(), rtol=1e-5, atol=0.0)

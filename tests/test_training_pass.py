@@ -17,6 +17,7 @@ from tt_fast.training_pass import (
     DropoutMasks,
     ParallelPasses,
     attention,
+    even_passes,
     linear,
     pass_losses,
 )
@@ -272,3 +273,21 @@ def test_an_error_in_a_pass_comes_through() -> None:
     with pytest.raises(ValueError, match="tokens: expected ids"):
         passes.backward(split((data[0] + 100, *data[1:]), [2, 3]), address=(0,), bfloat16=False)
     passes.close()
+
+
+@pytest.mark.parametrize(
+    ("num_windows", "window_len", "num_threads", "wanted"),
+    [
+        (256, 159, 1, 13),  # 20 passes of 13 windows
+        (256, 159, 2, 13),
+        (256, 159, 16, 8),  # 32 passes: two a thread
+        (256, 249, 2, 8),
+        (3, 159, 16, 1),
+        (8, 27, 2, 4),
+        (1, 5000, 4, 1),
+    ],
+)
+def test_threads_have_as_many_passes(
+    num_windows: int, window_len: int, num_threads: int, wanted: int
+) -> None:
+    assert even_passes(num_windows, window_len, num_threads) == wanted

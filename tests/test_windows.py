@@ -210,3 +210,13 @@ def test_marginal_entropies_are_those_of_the_counted_targets() -> None:
         shares = [count / len(chosen) for count in Counter(chosen).values()]
         assert counts[dim] == len(chosen)
         assert entropies[dim] == pytest.approx(-math.fsum(p * math.log(p) for p in shares))
+
+
+def test_windows_are_gathered_where_they_were_moved() -> None:
+    """On torch's device without memory: an operand that was left behind would raise."""
+    windows = TokenWindows(np.zeros((9, 3), dtype=np.int64), np.array([5, 4]), 2, 7)
+    moved = windows.to(torch.device("meta"))
+    batch, goals = moved.gather(torch.arange(4)), moved.goals(torch.arange(4), 2)
+    assert {x.device.type for x in (*batch, goals)} == {"meta"}
+    assert batch.inputs.shape == windows.gather(torch.arange(4)).inputs.shape
+    assert windows.device.type == "cpu"

@@ -35,7 +35,7 @@ from tt_fast.losses import evaluate_losses, marginal_losses, model_batch
 from tt_fast.metrics import LOSS_NAMES, MetricsLog
 from tt_fast.model import TrajectoryTransformer
 from tt_fast.optimizer import Budget, build_optimizer
-from tt_fast.training_pass import CPU_PASS_TOKENS, Batch, ParallelPasses
+from tt_fast.training_pass import Batch, ParallelPasses, even_passes
 from tt_fast.training_state import Position, RunIdentity, read_state, write_state
 from tt_fast.validate import require
 
@@ -160,6 +160,7 @@ class _Trainer:
         self.at = Position()
         self._order, self._order_epoch = torch.empty(0, dtype=torch.int64), -1
         self.marginal_losses = marginal_losses(windows, model_config)
+        self.windows = windows.to(device)  # after what counts their tokens here
         self.eval_losses: dict[str, float] = {}
         self.origin = origin()  # asks git: once a run, not once a checkpoint
 
@@ -353,8 +354,9 @@ def _pass_windows(config: TrainConfig, windows: TokenWindows, device: torch.devi
     """Windows of one pass: what fits a processor's caches, a whole batch elsewhere."""
     if config.pass_windows is not None:
         return config.pass_windows
-    on_cpu = device.type == "cpu"
-    return max(1, CPU_PASS_TOKENS // windows.window_len) if on_cpu else config.batch_size
+    if device.type != "cpu":
+        return config.batch_size
+    return even_passes(config.batch_size, windows.window_len, torch.get_num_threads())
 
 
 def _digest(windows: TokenWindows, discretizer: Discretizer) -> str:

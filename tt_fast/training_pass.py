@@ -46,6 +46,13 @@ class Batch(NamedTuple):
     """(B, observation_dim) tokens"""
 
 
+def even_passes(num_windows: int, window_len: int, num_threads: int) -> int:
+    """Windows of a pass of some `CPU_PASS_TOKENS`, such that every thread has as many passes."""
+    count = math.ceil(num_windows * window_len / CPU_PASS_TOKENS)
+    count = min(num_windows, math.ceil(count / num_threads) * num_threads)
+    return math.ceil(num_windows / count)
+
+
 class ParallelPasses:
     """A step's gradients from passes side by side, one thread each.
 

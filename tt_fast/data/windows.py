@@ -5,6 +5,7 @@ Source: trajectory/datasets/sequence.py and d4rl.py of the original, design sect
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -157,13 +158,27 @@ class TokenWindows:
 
     def token_bytes(self) -> bytes:
         """All tokens as bytes, to tell one dataset from another."""
-        return self._tokens.numpy().tobytes() + self._path_lengths.numpy().tobytes()
+        return b"".join(x.cpu().numpy().tobytes() for x in (self._tokens, self._path_lengths))
+
+    @property
+    def device(self) -> torch.device:
+        """Where windows are gathered."""
+        return self._tokens.device
+
+    def to(self, device: torch.device) -> TokenWindows:
+        """The same windows, gathered on a device: a byte a token there, and no copy a step."""
+        moved = copy.copy(self)
+        for name in ("_tokens", "_path_lengths", "_path_starts", "_indices"):
+            setattr(moved, name, getattr(self, name).to(device))
+        return moved
 
     def gather(self, window_ids: torch.Tensor) -> WindowBatch:
-        """The windows with these ids (batch,) int64."""
-        path_idx, start = self._indices[window_ids].unbind(1)
+        """The windows with these ids (batch,) int64, on `device`."""
+        path_idx, start = self._indices[window_ids.to(self.device)].unbind(1)
         # path_steps: (batch, num_transitions), steps since the path's start
-        path_steps = start[:, None] + torch.arange(self.num_transitions) * self.step
+        path_steps = (
+            start[:, None] + torch.arange(self.num_transitions, device=self.device) * self.step
+        )
         inside = path_steps < self._path_lengths[path_idx, None]
         rows = self._path_starts[path_idx, None] + path_steps
         rows = torch.where(inside, rows, len(self._tokens) - 1)
@@ -177,7 +192,7 @@ class TokenWindows:
 
         Source: GoalDataset, trajectory/datasets/sequence.py:189-201.
         """
-        path_idx = self._indices[window_ids, 0]
+        path_idx = self._indices[window_ids.to(self.device), 0]
         last = self._path_starts[path_idx] + self._path_lengths[path_idx] - 1
         return self._tokens[last, :observation_dim].long()
 
