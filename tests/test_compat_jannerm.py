@@ -258,6 +258,16 @@ def test_searches_are_the_originals(name: str, file: str, case: int) -> None:
     np.testing.assert_allclose(log_probs.numpy(), golden[f"bs_logp_{case}"], atol=1e-4)
 
 
+def test_searches_share_the_backend_of_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = GPT(tiny_model())
+    first, _ = beam_search(model, torch.tensor([[1, 2, 3]]), 4, beam_width=2)
+    monkeypatch.setattr("tt_fast.planning.search.make_backend", None)  # none is made again
+    again, _ = beam_search(model, torch.tensor([[1, 2, 3]]), 4, beam_width=2)
+    assert torch.equal(first, again)
+    with pytest.raises(ValueError, match=r"x: expected shape \(1, context_len\), got \(3,\)"):
+        beam_search(model, torch.tensor([1, 2, 3]), 4)
+
+
 def test_one_beam_has_a_log_probability_without_dimensions() -> None:
     tokens, log_prob = beam_search(GPT(tiny_model()), torch.tensor([[1, 2, 3]]), 4, beam_width=1)
     assert (tuple(tokens.shape), tuple(log_prob.shape)) == ((7,), ())

@@ -275,6 +275,31 @@ class TrajectoryTransformer(nn.Module):
         self._check_tokens("goal", goal, config.vocab_size - 1)
 
 
+def model_over(
+    config: ModelConfig, parameters: Mapping[str, nn.Parameter]
+) -> TrajectoryTransformer:
+    """A model whose parameters are these very objects; torch's generator stays as it was.
+
+    Args:
+        config: of the model.
+        parameters: all of its parameters, in its shapes, on one device.
+    """
+    with torch.random.fork_rng([]):  # initial weights draw from the global generator
+        model = TrajectoryTransformer(config)
+    for name, parameter in parameters.items():
+        owner, _, leaf = name.rpartition(".")
+        model.get_submodule(owner).register_parameter(leaf, parameter)
+    model._mask = model._mask.to(model.pos_emb.device)
+    return model
+
+
+def is_over(model: TrajectoryTransformer, parameters: Mapping[str, nn.Parameter]) -> bool:
+    """Whether a model has these very parameters, still on the device of its mask."""
+    own = dict(model.named_parameters())
+    same = own.keys() == parameters.keys() and all(own[k] is parameters[k] for k in own)
+    return same and model._mask.device == model.pos_emb.device
+
+
 def attention_mask(config: ModelConfig) -> Tensor:
     """(goal_len + block_size,) squared, bool: which key (column) each query (row) sees.
 

@@ -35,7 +35,7 @@ from tt_fast.losses import evaluate_losses, marginal_losses, model_batch
 from tt_fast.metrics import LOSS_NAMES, MetricsLog
 from tt_fast.model import TrajectoryTransformer
 from tt_fast.optimizer import Budget, build_optimizer
-from tt_fast.training_pass import Batch, ParallelPasses, even_passes
+from tt_fast.training_pass import Batch, ParallelPasses, add_gradients, even_passes
 from tt_fast.training_state import Position, RunIdentity, read_state, write_state
 from tt_fast.validate import require
 
@@ -247,9 +247,7 @@ class _Trainer:
         for batch in batches:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
                 losses = self.model.token_losses(batch.inputs, batch.targets, batch.goal)
-            share = len(batch.inputs) / num_windows
-            (share * self.model.weighted_loss(losses, batch.mask)).backward()
-            found.append(losses.detach())
+            found.append(add_gradients(self.model, losses, batch.mask, num_windows))
         return found
 
     def _next_window_ids(self) -> Tensor:

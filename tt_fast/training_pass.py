@@ -1,7 +1,7 @@
 """A training pass on the processor: the model's losses with gradients, made for its caches.
 
-The same mathematics as `TrajectoryTransformer.token_losses` in training mode, with three changes
-that a profile asked for:
+The same mathematics as `TrajectoryTransformer.token_losses` in training mode, with changes that a
+profile asked for:
 
 - a step's windows pass through in groups whose activations stay in the cache, each group on one
   thread from beginning to end, so that threads wait for each other once a step;
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tt_fast.model import Block, TrajectoryTransformer
+from tt_fast.model import Block, TrajectoryTransformer, model_over
 
 #: Tokens of one pass, about: with these a pass of the official models is fastest.
 CPU_PASS_TOKENS = 2048
@@ -67,7 +67,7 @@ class ParallelPasses:
 
     def __init__(self, model: TrajectoryTransformer, num_threads: int) -> None:
         self.model = model
-        self._workers = [_with_shared_weights(model) for _ in range(num_threads)]
+        self._workers = [_twin(model) for _ in range(num_threads)]
         self._pool = ThreadPoolExecutor(
             num_threads, initializer=torch.set_num_threads, initargs=(1,)
         )
@@ -94,9 +94,7 @@ class ParallelPasses:
                 batch, masks = batches[pass_idx], DropoutMasks(*address, pass_idx)
                 with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
                     losses = pass_losses(model, batch.inputs, batch.targets, batch.goal, masks)
-                share = len(batch.inputs) / num_windows
-                (share * model.weighted_loss(losses, batch.mask)).backward()
-                found.append(losses.detach())
+                found.append(add_gradients(model, losses, batch.mask, num_windows))
             return found
 
         with _one_thread_an_operation():
@@ -116,14 +114,27 @@ class ParallelPasses:
             parameter.grad = functools.reduce(torch.add, parts)
 
 
-def _with_shared_weights(model: TrajectoryTransformer) -> TrajectoryTransformer:
+def add_gradients(
+    model: TrajectoryTransformer, losses: Tensor, mask: Tensor, num_windows: int
+) -> Tensor:
+    """Add the gradients of some of a step's windows to the model's.
+
+    Args:
+        losses: (B, T) of their tokens.
+        mask: (B, T).
+        num_windows: of the whole step, whose loss is the mean over all of them.
+
+    Returns:
+        The losses without their graph.
+    """
+    (len(losses) / num_windows * model.weighted_loss(losses, mask)).backward()
+    return losses.detach()
+
+
+def _twin(model: TrajectoryTransformer) -> TrajectoryTransformer:
     """A model over the same weights whose gradients are its own."""
-    with torch.random.fork_rng([]):  # initial weights draw from the global generator
-        twin = TrajectoryTransformer(model.config)
-    for name, parameter in model.named_parameters():
-        owner, _, leaf = name.rpartition(".")
-        twin.get_submodule(owner).register_parameter(leaf, nn.Parameter(parameter.detach()))
-    return twin.train()
+    weights = {name: nn.Parameter(p.detach()) for name, p in model.named_parameters()}
+    return model_over(model.config, weights).train()
 
 
 @contextmanager

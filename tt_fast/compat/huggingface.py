@@ -27,7 +27,14 @@ from tt_fast.config import ModelConfig, PlanConfig
 from tt_fast.discretizer import Discretizer
 from tt_fast.formats import find_format, huggingface, new_model, read_json
 from tt_fast.formats.jannerm import model_config
-from tt_fast.model import Attention, DimensionHead, TrajectoryTransformer, attention_mask
+from tt_fast.model import (
+    Attention,
+    DimensionHead,
+    TrajectoryTransformer,
+    attention_mask,
+    is_over,
+    model_over,
+)
 from tt_fast.planning.base import BeamPlan
 from tt_fast.planning.planner import Planner
 from tt_fast.planning.search import beam_plan
@@ -307,14 +314,8 @@ class TrajectoryTransformerModel(nn.Module):
     def to_tt_fast(self) -> TrajectoryTransformer:
         """A `TrajectoryTransformer` over this model's own parameters, not a copy of them."""
         theirs = {huggingface.our_name(name): p for name, p in self.named_parameters()}
-        if not (self._shared and _is_over(self._shared[0], theirs)):
-            with torch.random.fork_rng([]):  # initial weights draw from the global generator
-                model = TrajectoryTransformer(self._sizes)
-            for name, parameter in theirs.items():
-                owner, _, leaf = name.rpartition(".")
-                model.get_submodule(owner).register_parameter(leaf, parameter)
-            model._mask = self._mask
-            self._shared = [model]
+        if not (self._shared and is_over(self._shared[0], theirs)):
+            self._shared = [model_over(self._sizes, theirs)]
         return self._shared[0].train(self.training)
 
     def to_checkpoint(self) -> Checkpoint:
@@ -351,13 +352,6 @@ def _loss(
 
 def _their_names(model: TrajectoryTransformer) -> dict[str, Tensor]:
     return {huggingface.their_name(name): w for name, w in model.state_dict().items()}
-
-
-def _is_over(model: TrajectoryTransformer, parameters: dict[str, nn.Parameter]) -> bool:
-    """Whether a model has these very parameters, on the device that they are on."""
-    own = dict(model.named_parameters())
-    same = own.keys() == parameters.keys() and all(own[k] is parameters[k] for k in own)
-    return same and model._mask.device == model.pos_emb.device
 
 
 def _download(

@@ -172,7 +172,29 @@ def beam_search(
     Raises:
         ValueError: an argument of the wrong shape, type or range.
     """
-    dims = model.config
+    options = check_search(
+        model.config, context, num_tokens, beam_width=beam_width, goal=goal,
+        top_k=top_k, cdf=cdf, temperature=temperature,
+    )  # fmt: skip
+    return make_backend(backend, model, None).search(**options)
+
+
+def check_search(
+    dims: ModelConfig,
+    context: ArrayLike,
+    num_tokens: int,
+    *,
+    beam_width: int,
+    goal: ArrayLike | None,
+    top_k: int | None,
+    cdf: float | None,
+    temperature: float,
+) -> dict[str, Any]:
+    """The arguments of `PlanBackend.search` from those of `beam_search`, checked.
+
+    Raises:
+        ValueError: an argument of the wrong shape, type or range.
+    """
     tokens = _check_tokens("context", context, dims.vocab_size)
     require(len(tokens) >= 1, "context", "at least 1 token", len(tokens))
     require_int("num_tokens", num_tokens, 1)
@@ -190,10 +212,10 @@ def beam_search(
     if goal_tokens is not None:
         shape = (dims.observation_dim,)
         require(goal_tokens.shape == shape, "goal", f"shape {shape}", goal_tokens.shape)
-    return make_backend(backend, model, None).search(
-        tokens, num_tokens, beam_width=beam_width, goal=goal_tokens,
-        top_k=top_k, cdf=cdf, temperature=temperature,
-    )  # fmt: skip
+    return {
+        "context": tokens, "num_tokens": num_tokens, "beam_width": beam_width,
+        "goal": goal_tokens, "top_k": top_k, "cdf": cdf, "temperature": temperature,
+    }  # fmt: skip
 
 
 def check_plan(model: ModelConfig, config: PlanConfig) -> None:

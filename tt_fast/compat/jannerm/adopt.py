@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from tt_fast.config import ModelConfig
 from tt_fast.discretizer import Discretizer
+from tt_fast.formats import expected_shapes
 from tt_fast.formats.jannerm import model_config
-from tt_fast.model import TrajectoryTransformer
+from tt_fast.model import TrajectoryTransformer, is_over, model_over
 from tt_fast.planning.base import PlanBackend
 from tt_fast.planning.search import make_backend
 from tt_fast.validate import refuse, require
@@ -29,13 +29,6 @@ class AdoptedModel:
 
     model: TrajectoryTransformer
     backend: PlanBackend
-
-    def is_of(self, theirs: nn.Module) -> bool:
-        """Whether `theirs` still has these parameter objects, on the device that they were on."""
-        ours = dict(self.model.named_parameters())
-        found = dict(theirs.named_parameters())
-        same = ours.keys() == found.keys() and all(ours[name] is found[name] for name in ours)
-        return same and self.model._mask.device == self.model.pos_emb.device
 
 
 # A cache and nothing else: it holds no model alive, and an entry is made again when it is stale.
@@ -55,24 +48,19 @@ def adopt(model: Any) -> AdoptedModel:
     if not isinstance(model, nn.Module):
         refuse("model", "the original's GPT or a TrajectoryTransformer", type(model).__name__)
     found = _ADOPTED.get(model)
-    if found is None or not found.is_of(model):
+    if found is None or not is_over(found.model, dict(model.named_parameters())):
         found = _ADOPTED[model] = _adopt(model)
     return found
 
 
 def _adopt(theirs: nn.Module) -> AdoptedModel:
     config = theirs.config if isinstance(theirs, TrajectoryTransformer) else _config_of(theirs)
-    with torch.random.fork_rng([]):  # initial weights draw from the global generator
-        ours = TrajectoryTransformer(config)
-    wanted = {name: tuple(p.shape) for name, p in ours.named_parameters()}
+    wanted = expected_shapes("model", config)
     parameters = dict(theirs.named_parameters())
     for name in sorted(wanted.keys() | parameters.keys()):
         got = tuple(parameters[name].shape) if name in parameters else None
         require(wanted.get(name) == got, f"model: {name}", f"shape {wanted.get(name)}", got)
-    for name, parameter in parameters.items():
-        owner, _, leaf = name.rpartition(".")
-        ours.get_submodule(owner).register_parameter(leaf, parameter)
-    ours._mask = ours._mask.to(ours.pos_emb.device)
+    ours = model_over(config, parameters)
     no_estimate = Discretizer(np.zeros((config.vocab_size + 1, config.transition_dim)))
     return AdoptedModel(ours.eval(), make_backend("auto", ours, no_estimate))
 

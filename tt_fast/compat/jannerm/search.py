@@ -137,13 +137,14 @@ def beam_search(
     Raises:
         ValueError: names the argument, what was expected and what came.
     """
-    config = adopt(model).model.config
-    options = _search_options(config, len(x[0]) + n_steps - 1, sample_kwargs)
-    require(x.ndim == 2 and len(x) == 1, "x", "shape (1, context_len)", tuple(x.shape))
-    tokens = None if goal is None else goal.reshape(-1)
-    found = planning.beam_search(
-        adopt(model).model, x[0], n_steps, beam_width=beam_width, goal=_numpy(tokens), **options
+    adopted = adopt(model)
+    config, context = adopted.model.config, _only_row(x)
+    options = _search_options(config, len(context) + n_steps - 1, sample_kwargs)
+    tokens = None if goal is None else _numpy(goal.reshape(-1))
+    checked = planning.check_search(
+        config, context, n_steps, beam_width=beam_width, goal=tokens, **options
     )
+    found = adopted.backend.search(**checked)
     log_probs = torch.from_numpy(found.log_probs).to(x.device)
     return torch.from_numpy(found.tokens).to(x.device), log_probs.squeeze()
 
@@ -258,10 +259,16 @@ def _check_dims(config: ModelConfig, observation_dim: int, action_dim: int) -> N
 
 def _check_prefix(x: Any, config: ModelConfig) -> NDArray[np.int64]:
     """(context_len,) tokens of (1, context_len)."""
+    return planning.check_context("x", _only_row(x), config)
+
+
+def _only_row(x: Any) -> Tensor:
+    """(context_len,) of (1, context_len)."""
     if not isinstance(x, Tensor):
         refuse("x", "a tensor of tokens", type(x).__name__)
     require(x.ndim == 2 and len(x) == 1, "x", "shape (1, context_len)", tuple(x.shape))
-    return planning.check_context("x", x[0], config)
+    row: Tensor = x[0]
+    return row
 
 
 def _search_options(
@@ -281,4 +288,6 @@ def _search_options(
         require(allow_crop in (None, True), "allow_crop", expected, allow_crop)
         width = config.transition_dim
         require(increment == width, "crop_increment", f"the transition_dim, {width}", increment)
-    return {ours: sample_kwargs[name] for name, ours in names.items() if name in sample_kwargs}
+    defaults = {"temperature": 1.0, "top_k": None, "cdf": None}  # get_logp's, sampling.py:80
+    given = {ours: sample_kwargs[name] for name, ours in names.items() if name in sample_kwargs}
+    return {**defaults, **given}
