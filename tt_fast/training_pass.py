@@ -6,7 +6,8 @@ profile asked for:
 - a step's windows pass through in groups whose activations stay in the cache, each group on one
   thread from beginning to end, so that threads wait for each other once a step;
 - dropout masks come from a generator ten times as fast as torch's on a processor (six times with
-  the comparison that makes a mask), and are kept as bytes; they are addressed by (seed, step, pass), so resuming needs no state of it;
+  the comparison that makes a mask), and are kept as bytes; they are addressed by
+  (seed, step, pass), so resuming needs no state of it;
 - attention is one autograd node, which keeps probabilities and mask and nothing else, and float32
   matrix products go to oneDNN, twice as fast as torch's default where that is MKL on an AMD.
 """
