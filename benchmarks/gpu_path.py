@@ -20,6 +20,7 @@ UNUSED = {
     "safetensors": ("", "torch"),
     "tensorboardX": ("",),
     "tqdm": ("", "auto"),
+    "yaml": ("",),
 }
 
 _STAND_IN = '''"""Stands in for a module that is not installed; whoever uses it is told so."""

@@ -1,6 +1,6 @@
-"""All rows of the GPU suite in one file, and how near plans are to their floor.
+"""All rows of the GPU suite in one file; how near plans are to their floor, how fast steps are.
 
-`python benchmarks/gpu_report.py FOLDER` writes results.csv and floor.csv there.
+`python benchmarks/gpu_report.py FOLDER` writes results.csv, floor.csv and steps.csv there.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from gpu_common import COLUMNS, Dtype, config_of, gpu_case, plan_floor
 from tt_fast.files import atomic_write
 from tt_fast.tables import csv_text
 
-PARTS = ("ceilings", "first", "plans", "kernels", "decode")
+PARTS = ("ceilings", "first", "plans", "kernels", "decode", "training")
 Record = Mapping[str, str]
 
 
@@ -59,14 +59,35 @@ def floors(records: Sequence[Record]) -> list[dict[str, Any]]:
     return found
 
 
+def steps(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Of every training step: tokens a second, and how many times as fast as a task's first row.
+
+    That is the original's, or the plain model's in float32.
+    """
+    first: dict[str, float] = {}
+    found = []
+    for record in records:
+        if record["op"] != "train step":
+            continue
+        milliseconds = float(record["median_ms"])
+        times = first.setdefault(record["shape"], milliseconds) / milliseconds
+        window_len = gpu_case(record["shape"].split()[0]).model.config.block_size
+        tokens = int(record["setting"].split()[1]) * window_len
+        names = {key: record[key] for key in ("shape", "setting", "dtype", "engine")}
+        rate = 1000.0 * tokens / milliseconds
+        found.append({**names, "tokens_per_s": rate, "times_as_fast": times})
+    return found
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     records = [record for part in PARTS for record in read_records(folder / f"{part}.csv")]
     tables = {"results.csv": records, "floor.csv": floors(records)}
+    tables["steps.csv"] = steps(records)
     for name, rows in tables.items():
         with atomic_write(folder / name) as temporary:
             temporary.write_text(csv_text(rows), encoding="utf-8")
-    print(f"{len(records)} rows in results.csv, {len(tables['floor.csv'])} in floor.csv")
+    print(", ".join(f"{len(rows)} rows in {name}" for name, rows in tables.items()))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that a GPU has to say about the planner: tests, parity, benchmarks, in 8 minutes.
+# Everything that a GPU has to say about planner and training: tests, parity, benchmarks, in 8 minutes.
 #
 #   benchmarks/gpu_suite.sh [--interpret] [OUT]      OUT: $OUT, else ./gpu_results
 #
@@ -83,7 +83,8 @@ tests=(tests/test_cuda.py tests/test_golden_plans.py)
 if [[ -d tests/kernels ]]; then
     tests+=(tests/kernels)
 fi
-chosen="cuda or kernel"
+tests+=(tests/test_head_loss.py)
+chosen="cuda or kernel or head_loss"
 shards=6 test_seconds=170 first_seconds=170
 if ((interpret)); then
     # the rest is an ordinary run of the tests
@@ -116,12 +117,14 @@ wait_for "${waiting[@]}"
 
 # what is timed, one after another
 bench ceilings 25 || failed=1
-bench plans 130 || failed=1
+bench plans 115 || failed=1
 part kernels 55 "$python" "$root/benchmarks/bench_gpu_kernels.py" --out "$out" --seconds 40 ||
     failed=1
-bench decode 60 || failed=1
+bench decode 55 || failed=1
+part training 40 "$python" "$root/benchmarks/bench_training.py" --device cuda --out "$out" \
+    --seconds 30 || failed=1
 
-part report 20 "$python" "$root/benchmarks/gpu_report.py" "$out" || failed=1
+part report 10 "$python" "$root/benchmarks/gpu_report.py" "$out" || failed=1
 status=$((failed ? 1 : skipped ? 2 : 0))
 say "exit status $status; results in $out"
 exit "$status"

@@ -1,14 +1,16 @@
-"""Compile every kernel that plans launch, for GPUs that are not here, and say what each one needs.
+"""Compile every kernel that plans and training launch, for GPUs that are not here, and say what
+each one needs.
 
-`python tests/compile_kernels.py` prints a table and fails where the fused kernel spills registers
-or anything needs more shared memory than the smallest GPU has. The planner itself runs, on tensors
-without memory and with a driver that compiles and launches nothing, so what is compiled is what a
-GPU would be asked for. Not in a process with TRITON_INTERPRET.
+`python tests/compile_kernels.py` prints a table and fails where a fused kernel spills registers or
+anything needs more shared memory than the smallest GPU has. The planner and the losses themselves
+run, on tensors without memory and with a driver that compiles and launches nothing, so what is
+compiled is what a GPU would be asked for. Not in a process with TRITON_INTERPRET.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import multiprocessing
 import os
 import re
@@ -31,6 +33,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime.jit import JITFunction
 
 from tt_fast import ModelConfig, PlanConfig, TrajectoryTransformer
+from tt_fast.kernels.head_loss import HeadShape, head_loss, head_loss_dw, head_loss_dx
 from tt_fast.kernels.sample import DrawFlags
 from tt_fast.planning.cuda_memory import model_shape, pack_weights, plan_shape
 from tt_fast.planning.cuda_session import Session, gpu_machine
@@ -41,7 +44,9 @@ SHARED_BYTES = 99 * 1024
 NUM_PROGRAMS = 132
 HOPPER = ModelConfig(11, 3)
 WIDE = ModelConfig(11, 3, embed_dim=256, num_heads=8, num_layers=2)
+WIDEST = ModelConfig(11, 3, embed_dim=512, num_heads=8, vocab_size=300)
 SMALL, LARGE = 1, 64  # environments: tiles of few rows, and of many
+BATCH = 256  # windows of a training step
 PLAN = PlanConfig(2, 128, 2, discount=0.99)
 
 
@@ -106,6 +111,23 @@ def compile_plan(capability: int, precision: str, model: ModelConfig, num_envs: 
     return [needs(name, kernel) for name, kernel in compiled.values()]
 
 
+def compile_losses(capability: int, precision: str, model: ModelConfig) -> list[Needs]:
+    """The heads with the cross-entropy of a training step, forward and backward.
+
+    Under autocast activations and weights are float32, and rounded as they are loaded.
+    """
+    head = HeadShape(model.transition_dim, model.vocab_size + 1, model.embed_dim, precision)
+    rows, meta = (BATCH, model.block_size), torch.device("meta")
+    x = torch.empty(*rows, head.embed_dim, device=meta)
+    weight = torch.empty(head.num_dims, head.num_ids, head.embed_dim, device=meta)
+    targets = torch.empty(*rows, dtype=torch.int64, device=meta)
+    with compiling_only(capability) as compiled:
+        losses, log_sums = head_loss(x, weight, targets, head)
+        head_loss_dx(x, weight, targets, log_sums, losses, head)
+        head_loss_dw(x, weight, targets, log_sums, losses, head)
+    return [needs(name, kernel) for name, kernel in compiled.values()]
+
+
 def needs(name: str, kernel: Any) -> Needs:
     """From the assembler's own report."""
     target = re.search(r"^\.target (\w+)", kernel.asm["ptx"], re.MULTILINE)
@@ -131,13 +153,20 @@ def needs(name: str, kernel: Any) -> Needs:
 
 
 def complaints(row: Needs, precision: str) -> list[str]:
-    """What must not be. float32 may spill: without bfloat16 a tile is twice as large."""
+    """What must not be."""
     found = []
-    if precision == "bf16" and row.kernel == "segment_kernel" and row.spilled_bytes:
+    if row.spilled_bytes > spill_limit(row.kernel, precision):
         found.append(f"{row.kernel} spills {row.spilled_bytes} bytes")
     if row.shared_bytes > SHARED_BYTES:
         found.append(f"{row.kernel} needs {row.shared_bytes} bytes of shared memory")
     return found
+
+
+def spill_limit(kernel: str, precision: str) -> float:
+    """Bytes a thread. In float32 tiles are twice as large: a segment may spill, losses a number."""
+    if kernel.startswith("head_loss"):
+        return 0 if precision == "bf16" else 16
+    return 0 if precision == "bf16" and kernel == "segment_kernel" else math.inf
 
 
 def table(case: tuple[int, str]) -> tuple[list[str], list[str]]:
@@ -147,13 +176,20 @@ def table(case: tuple[int, str]) -> tuple[list[str], list[str]]:
     cases = [("hopper", HOPPER, SMALL), ("wide", WIDE, SMALL)]
     if precision == "bf16":  # what many environments are planned in
         cases.append(("hopper", HOPPER, LARGE))
-    for name, model, num_envs in cases:
-        for row in compile_plan(capability, precision, model, num_envs):
-            lines.append(
-                f"{capability:4} {precision:>9} {name:>6} {num_envs:4} {row.kernel:26} "
-                f"{row.registers:9} {row.spilled_bytes:7} {row.shared_bytes:7}"
-            )
-            found += [f"sm_{capability} {precision} {c}" for c in complaints(row, precision)]
+    rows = [
+        (name, num_envs, row)
+        for name, model, num_envs in cases
+        for row in compile_plan(capability, precision, model, num_envs)
+    ]
+    if precision != "tf32":  # training has none of its own
+        for name, model in (("hopper", HOPPER), ("widest", WIDEST)):
+            rows += [(name, BATCH, row) for row in compile_losses(capability, precision, model)]
+    for name, count, row in rows:
+        lines.append(
+            f"{capability:4} {precision:>9} {name:>6} {count:4} {row.kernel:26} "
+            f"{row.registers:9} {row.spilled_bytes:7} {row.shared_bytes:7}"
+        )
+        found += [f"sm_{capability} {precision} {c}" for c in complaints(row, precision)]
     return list(dict.fromkeys(lines)), found
 
 
@@ -164,7 +200,7 @@ def main() -> None:
     options = parser.parse_args()
     cases = [(c, p) for c in options.capability for p in options.precision]
     found: list[str] = []
-    print("  sm precision  model envs kernel                     registers spilled  shared")
+    print("  sm precision  model many kernel                     registers spilled  shared")
     # a process a case: triton keeps what it compiled, whatever the GPU
     with multiprocessing.get_context("spawn").Pool(maxtasksperchild=1) as pool:
         for lines, wrong in pool.imap(table, cases):

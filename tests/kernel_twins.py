@@ -299,3 +299,16 @@ def run_segment(
             sample(
                 padded, tree, draws, step, dim + 1, num_envs, rows_per_env, shape, plan, flags
             )  # fmt: skip
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+def head_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """(B, T) losses in the arithmetic of x and weight; autograd has its gradients."""
+    losses = []
+    for window, ids in zip(x, targets.tolist(), strict=True):
+        for position, (vector, target) in enumerate(zip(window, ids, strict=True)):
+            z = weight[position % len(weight)] @ vector
+            losses.append(z.logsumexp(0) - z[target])
+    return torch.stack(losses).view(targets.shape)

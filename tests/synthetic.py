@@ -14,10 +14,10 @@ from tt_fast.config import TOKEN_KINDS, ModelConfig, PlanConfig
 from tt_fast.data import OfflineDataset
 from tt_fast.discretizer import Discretizer
 from tt_fast.envs import make_env
-from tt_fast.metrics import COLUMNS
 from tt_fast.model import TrajectoryTransformer
 from tt_fast.planning import ImaginedPlan
 from tt_fast.results import EpisodeRecord, EvalResult
+from tt_fast.training.log import COLUMNS
 
 NUM_BINS = 10
 

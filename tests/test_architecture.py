@@ -21,13 +21,13 @@ PACKAGE = ROOT / "tt_fast"
 # A module imports from the layers above its own, and within it without a circle.
 LAYERS = (
     {"config", "files", "presets", "validate"},
-    {"data", "discretizer"},
+    {"data", "discretizer", "encoding"},
     {"kernels", "model"},
     {"formats"},
-    {"checkpoint", "losses", "metrics", "optimizer", "train", "training_pass", "training_state"},
+    {"checkpoint", "train", "training"},
     {"planning"},
-    {"collect", "envs", "evaluate", "plots", "results", "video"},
-    {"bench", "compat", "demo", "markup", "measure", "report", "tables", "tradeoff"},
+    {"collect", "envs", "evaluate", "plots", "results", "selection", "video"},
+    {"bench", "compat", "demo", "markup", "measure", "report", "sweep", "tables", "tradeoff"},
     {"cli", "commands"},
 )
 LAYER_OF = {unit: i for i, layer in enumerate(LAYERS) for unit in layer}
@@ -39,10 +39,14 @@ NOT_AT_IMPORT = (
     "matplotlib",
     "minari",
     "mujoco",
+    "ray",
     "stable_baselines3",
     "tyro",
 )
-EXTRAS = ("gymnasium", "gymnasium_robotics", "imageio", "minari", "mujoco", "stable_baselines3")
+EXTRAS = (
+    *("gymnasium", "gymnasium_robotics", "imageio", "minari", "mujoco", "ray"),
+    *("stable_baselines3", "wandb"),
+)
 
 KERNELS = ROOT / "kernels"  # installed as tt_fast.kernels
 MODULES = sorted([*PACKAGE.rglob("*.py"), *KERNELS.glob("*.py")])

@@ -151,6 +151,11 @@ def test_model_config_refuses(field: str, value: Any, message: str) -> None:
         ("max_minutes", 0.0, POSITIVE),
         ("strategy", "kmeans", "expected one of 'quantile', 'uniform', got 'kmeans'"),
         ("precision", "float16", "expected one of 'float32', 'bfloat16', got 'float16'"),
+        ("ema_decay", 1.0, "expected a number in [0, 1), got 1.0"),
+        ("compile", "yes", "expected one of False, True, got 'yes'"),
+        ("eval_every", 0, AT_LEAST_1),
+        ("patience", 0, AT_LEAST_1),
+        ("token_storage", "disk", "expected one of 'auto', 'memory', 'file', got 'disk'"),
     ],
 )
 def test_train_config_refuses(field: str, value: Any, message: str) -> None:

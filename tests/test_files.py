@@ -52,3 +52,10 @@ def test_folder_never_replaces_files(tmp_path: Path) -> None:
     with refused, atomic_folder(folder):
         pass
     assert (folder / "a").read_text() == "1"
+
+
+def test_a_folders_files_are_as_readable_as_any(tmp_path: Path) -> None:
+    with atomic_folder(tmp_path / "f") as temporary:
+        (temporary / "private").touch(mode=0o600)
+    (tmp_path / "ordinary").touch()
+    assert (tmp_path / "f" / "private").stat().st_mode == (tmp_path / "ordinary").stat().st_mode

@@ -8,7 +8,7 @@ from golden_files import load_golden
 from tiny import tiny_model_config, tiny_train_config
 
 from tt_fast.model import TrajectoryTransformer
-from tt_fast.optimizer import Budget, build_optimizer
+from tt_fast.training.optimizer import Budget, build_optimizer
 
 
 def test_weights_after_three_epochs_are_the_originals() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import bench_gpu
 import bench_gpu_kernels
+import bench_training
 import gpu_common
 import gpu_path
 import gpu_report
@@ -67,6 +68,56 @@ def test_a_dry_run_fills_the_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(sys, "argv", ["gpu_report.py", str(tmp_path)])
     gpu_report.main()
     assert len(records(tmp_path / "results.csv")) == 4 + len(records(tmp_path / "kernels.csv"))
+
+
+def train_steps(folder: Path) -> int:
+    """The training part, of one task."""
+    return bench_training.main(["--device", "cuda", "--task", "hopper", "--out", str(folder)])
+
+
+def test_a_dry_run_of_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train_steps(tmp_path) == 0
+    assert "hopper: loss and gradients are right in float32 and bfloat16" in capsys.readouterr().out
+    found = gpu_report.steps(records(tmp_path / "training.csv"))
+    engines = [("torch", "fp32"), ("cuda", "fp32"), ("torch", "bf16"), ("cuda", "bf16")]
+    assert [(step["engine"], step["dtype"]) for step in found] == engines
+    assert found[0]["times_as_fast"] == 1.0
+    rates = [step["tokens_per_s"] for step in found]
+    assert found[1]["times_as_fast"] == pytest.approx(rates[1] / rates[0])
+
+
+def test_steps_count_tokens() -> None:
+    row = gpu_common.make_row(
+        "train step", [500.0], shape="hopper 3+2", setting="batch 2", dtype="fp32", engine="torch"
+    )
+    record = {k: "" if v is None else str(v) for k, v in asdict(row).items()}
+    (found,) = gpu_report.steps([record, {**record, "op": "plan"}])
+    assert found["tokens_per_s"] == 2 * 2 * (10 * 7 - 1)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_wrong_losses_are_not_timed(
+    dtype: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    token_losses = bench_training.fused_loss.token_losses
+
+    def spoilt(*args: Any) -> torch.Tensor:
+        rounds = torch.is_autocast_enabled("cpu")
+        return token_losses(*args) * (1.05 if rounds == (dtype == "bf16") else 1.0)
+
+    monkeypatch.setattr(bench_training.fused_loss, "token_losses", spoilt)
+    assert train_steps(tmp_path) == 1
+    assert f"wrong answer: hopper {dtype}: " in capsys.readouterr().out
+    assert records(tmp_path / "training.csv") == []
+
+
+def test_training_without_a_gpu_needs_the_original(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        bench_training.main([])
+    assert "--original is needed" in capsys.readouterr().err
 
 
 def test_right_answers_pass_parity(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

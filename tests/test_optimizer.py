@@ -5,7 +5,7 @@ import math
 import pytest
 from tiny import tiny_model, tiny_train_config
 
-from tt_fast.optimizer import ORIGINAL_WINDOWS, Budget, build_optimizer
+from tt_fast.training.optimizer import ORIGINAL_WINDOWS, Budget, build_optimizer
 
 
 def test_only_matrices_decay() -> None:

@@ -17,9 +17,11 @@ from tiny import NUM_BINS, tiny_dataset, tiny_model_config, tiny_train_config, w
 from tt_fast import Checkpoint, train
 from tt_fast.checkpoint import newest_checkpoint
 from tt_fast.config import TOKEN_KINDS, ModelConfig
-from tt_fast.losses import marginal_losses
-from tt_fast.metrics import COLUMNS, read_metrics
-from tt_fast.train import pick_device, tokenize
+from tt_fast.encoding import tokenize
+from tt_fast.train import Evaluator, pick_device
+from tt_fast.training.log import COLUMNS, read_metrics
+from tt_fast.training.losses import marginal_losses
+from tt_fast.training.optimizer import build_optimizer
 
 
 def _columns(path: Path) -> list[tuple[float, ...]]:
@@ -34,12 +36,21 @@ def _run(
     model_config: ModelConfig | None = None,
     *,
     resume: bool = False,
+    evaluator: Evaluator | None = None,
     **changes: Any,
 ) -> Checkpoint:
     """`steps` optimiser steps in all."""
     config = tiny_train_config(max_epochs=steps * 8 / _num_windows(), **changes)
     model_config = model_config or tiny_model_config()
-    return train(tiny_dataset(), model_config, config, output_dir, resume=resume, progress=False)
+    return train(
+        tiny_dataset(),
+        model_config,
+        config,
+        output_dir,
+        resume=resume,
+        progress=False,
+        evaluator=evaluator,
+    )
 
 
 def _num_windows() -> int:
@@ -238,6 +249,156 @@ def test_kill_9_in_a_save_then_resume_equals_uninterrupted(tmp_path: Path) -> No
     assert _columns(folder) == _columns(tmp_path / "whole")
     leftovers = [p.name for p in (folder / "checkpoints").iterdir() if p.name.startswith(".")]
     assert leftovers == []
+
+
+# ---- an average of the weights ----
+
+
+def _weights_after_each_step(patch: pytest.MonkeyPatch) -> list[list[torch.Tensor]]:
+    """Filled with a run's weights: initial ones, then those after every step."""
+    seen: list[list[torch.Tensor]] = []
+    step = torch.optim.AdamW.step
+
+    def watched(optimizer: torch.optim.AdamW, *args: Any) -> Any:
+        weights = [p for group in optimizer.param_groups for p in group["params"]]
+        seen.append([p.detach().double().clone() for p in weights]) if not seen else None
+        result = step(optimizer, *args)
+        seen.append([p.detach().double().clone() for p in weights])
+        return result
+
+    patch.setattr(torch.optim.AdamW, "step", watched)
+    return seen
+
+
+def test_checkpoints_hold_the_average(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = _weights_after_each_step(monkeypatch)
+    checkpoint = _run(tmp_path, 20, ema_decay=0.6)
+    average = seen[0]
+    for step, weights in enumerate(seen[1:]):
+        decay = min(0.6, (1 + step) / (10 + step))
+        average = [decay * a + (1 - decay) * w for a, w in zip(average, weights, strict=True)]
+    groups = build_optimizer(checkpoint.model, tiny_train_config()).param_groups
+    found = [p.detach() for group in groups for p in group["params"]]
+    for got, want, last in zip(found, average, seen[-1], strict=True):
+        # each of 20 float32 updates rounds its result by half a unit in the last place at most
+        bound = 20 * np.finfo(np.float32).eps * want.abs().max()
+        assert (got - want).abs().max() <= bound
+        assert (got - last).abs().max() > 10 * bound
+
+
+def test_an_average_that_forgets_is_the_weights(tmp_path: Path) -> None:
+    plain, averaged = _run(tmp_path / "plain", 4), _run(tmp_path / "average", 4, ema_decay=0.0)
+    assert weights_equal(plain.model, averaged.model)
+
+
+def test_an_average_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = _run(tmp_path / "whole", 12, ema_decay=0.9)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        _press_ctrl_c_in_step(7, patch)
+        _run(tmp_path / "parts", 12, ema_decay=0.9)
+    resumed = _run(tmp_path / "parts", 12, ema_decay=0.9, resume=True)
+    assert weights_equal(resumed.model, whole.model)
+    assert _columns(tmp_path / "parts") == _columns(tmp_path / "whole")
+
+
+# ---- evaluations ----
+
+
+class _Scores:
+    """An evaluator that knows its scores beforehand."""
+
+    def __init__(self, *scores: float) -> None:
+        self.scores, self.steps = list(scores), []
+
+    def __call__(self, checkpoint: Checkpoint) -> float:
+        assert not checkpoint.model.training
+        self.steps.append(checkpoint.metadata["step"])
+        return self.scores[len(self.steps) - 1]
+
+
+def _scores(folder: Path) -> list[tuple[float, float]]:
+    return [(row["step"], row["score"]) for row in read_metrics(folder / "scores.csv")]
+
+
+def test_the_best_checkpoint_is_kept(tmp_path: Path) -> None:
+    evaluator = _Scores(1.0, 5.0, 5.0, 2.0)
+    last = _run(tmp_path / "run", 10, eval_every=3, evaluator=evaluator)
+    assert evaluator.steps == [3, 6, 9, 10]
+    assert _scores(tmp_path / "run") == [(3, 1.0), (6, 5.0), (9, 5.0), (10, 2.0)]
+    best = Checkpoint.load(tmp_path / "run" / "best")
+    assert best.metadata["step"] == 6  # the first of equals
+    assert best.metadata["best_score"] == last.metadata["best_score"] == 5.0
+    assert last.metadata["step"] == 10
+    assert weights_equal(last.model, _run(tmp_path / "plain", 10).model)  # nothing else changed
+
+
+def test_patience_ends_training(tmp_path: Path) -> None:
+    options = {"eval_every": 2, "patience": 2}
+    last = _run(tmp_path, 20, evaluator=_Scores(1.0, 3.0, 2.0, 3.0), **options)
+    assert last.metadata["step"] == 8
+    assert last.metadata["eval_losses"]
+    assert Checkpoint.load(tmp_path / "best").metadata["step"] == 4
+    again = _run(tmp_path, 20, evaluator=_Scores(), resume=True, **options)
+    assert weights_equal(again.model, last.model)
+    patient = _run(tmp_path, 20, evaluator=_Scores(*[0.0] * 7), resume=True, eval_every=2)
+    assert patient.metadata["step"] >= 20
+
+
+def test_evaluations_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        _press_ctrl_c_in_step(7, patch)
+        _run(tmp_path, 11, eval_every=3, evaluator=_Scores(4.0, 7.0))
+    _run(tmp_path, 11, eval_every=3, evaluator=_Scores(5.0, 6.0), resume=True)
+    assert _scores(tmp_path) == [(3, 4.0), (6, 7.0), (9, 5.0), (11, 6.0)]
+    best = Checkpoint.load(tmp_path / "best")
+    assert (best.metadata["step"], best.metadata["best_score"]) == (6, 7.0)
+
+
+def test_ctrl_c_in_an_evaluation_ends_it_at_once_and_it_comes_again(tmp_path: Path) -> None:
+    def interrupted(checkpoint: Checkpoint) -> float:
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("not reached")
+
+    with pytest.raises(KeyboardInterrupt):
+        _run(tmp_path, 8, eval_every=4, evaluator=interrupted)
+    assert Checkpoint.load(tmp_path).metadata["step"] == 4
+    assert _scores(tmp_path) == []
+    _run(tmp_path, 8, eval_every=4, evaluator=_Scores(1.0, 2.0), resume=True)
+    assert _scores(tmp_path) == [(4, 1.0), (8, 2.0)]
+
+
+def test_kill_9_between_two_renames_of_the_best(tmp_path: Path) -> None:
+    _run(tmp_path, 4, eval_every=4, evaluator=_Scores(1.0))
+    (tmp_path / "best").rename(tmp_path / ".best.old")
+    (tmp_path / ".best.new").mkdir()
+    _run(tmp_path, 8, eval_every=4, evaluator=_Scores(0.5), resume=True)
+    assert Checkpoint.load(tmp_path / "best").metadata["step"] == 4
+    assert not list(tmp_path.glob(".best*"))
+
+
+def test_sigterm_saves_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clip, calls = torch.nn.utils.clip_grad_norm_, iter(range(1, 1000))
+
+    def terminated(*args: Any) -> torch.Tensor:
+        if next(calls) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return clip(*args)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", terminated)
+    with pytest.raises(KeyboardInterrupt):
+        _run(tmp_path, 8)
+    assert Checkpoint.load(tmp_path).metadata["step"] == 3
+
+
+def test_an_evaluator_and_its_interval_come_together(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"evaluator: expected a function, as eval_every is 3"):
+        _run(tmp_path, 3, eval_every=3)
+    with pytest.raises(ValueError, match=r"evaluator: expected a function, as patience is 1"):
+        _run(tmp_path, 3, patience=1)
+    with pytest.raises(ValueError, match=r"eval_every: expected a number of steps, as there is"):
+        _run(tmp_path, 3, evaluator=_Scores(1.0))
+    with pytest.raises(ValueError, match=r"evaluator's score: expected a finite number"):
+        _run(tmp_path, 3, eval_every=3, evaluator=_Scores(float("nan")))
 
 
 # ---- errors ----

@@ -10,9 +10,9 @@ import torch
 from tiny import tiny_model
 from torch import Tensor
 
-from tt_fast import training_pass
 from tt_fast.model import TrajectoryTransformer
-from tt_fast.training_pass import (
+from tt_fast.training import passes as training_pass
+from tt_fast.training.passes import (
     Batch,
     DropoutMasks,
     ParallelPasses,
@@ -196,8 +196,15 @@ def split(data: tuple, sizes: list[int]) -> list[Batch]:
     return [Batch(*each) for each in zip(*parts, strict=True)]
 
 
+def backward(passes: ParallelPasses, batches: list[Batch]) -> list[Tensor]:
+    """All batches of a step, in float32."""
+    addresses = [(3, 1, pass_idx) for pass_idx in range(len(batches))]
+    num_windows = sum(len(each.inputs) for each in batches)
+    return passes.backward(batches, addresses=addresses, num_windows=num_windows, bfloat16=False)
+
+
 def step_gradients(passes: ParallelPasses, batches: list[Batch]) -> dict[str, Tensor]:
-    passes.backward(batches, address=(3, 1), bfloat16=False)
+    backward(passes, batches)
     return {name: p.grad.clone() for name, p in passes.model.named_parameters()}
 
 
@@ -210,7 +217,7 @@ def test_passes_add_up_to_the_whole_batch(
     model = tiny_model(goal_conditioned=goal_conditioned, **NO_DROPOUT).train()
     data = batch(model)
     passes = ParallelPasses(model, num_threads)
-    losses = passes.backward(split(data, sizes), address=(0,), bfloat16=False)
+    losses = backward(passes, split(data, sizes))
     found = {name: p.grad.double().clone() for name, p in model.named_parameters()}
     passes.close()
     plain = model.token_losses(data[0], data[1], data[3])
@@ -247,7 +254,7 @@ def test_dropout_of_a_pass_does_not_depend_on_the_threads() -> None:
     losses = []
     for num_threads in (1, 2, 3):
         passes = ParallelPasses(model, num_threads)
-        losses.append(torch.cat(passes.backward(batches, address=(3, 1), bfloat16=False)))
+        losses.append(torch.cat(backward(passes, batches)))
         passes.close()
     assert torch.equal(losses[0], losses[1])
     assert torch.equal(losses[0], losses[2])
@@ -259,7 +266,7 @@ def test_torchs_threads_are_put_back() -> None:
     try:
         model = tiny_model().train()
         passes = ParallelPasses(model, 2)
-        passes.backward(split(batch(model), [5]), address=(0,), bfloat16=False)
+        backward(passes, split(batch(model), [5]))
         passes.close()
         assert torch.get_num_threads() == 2
     finally:
@@ -271,7 +278,7 @@ def test_an_error_in_a_pass_comes_through() -> None:
     data = batch(model)
     passes = ParallelPasses(model, 2)
     with pytest.raises(ValueError, match="tokens: expected ids"):
-        passes.backward(split((data[0] + 100, *data[1:]), [2, 3]), address=(0,), bfloat16=False)
+        backward(passes, split((data[0] + 100, *data[1:]), [2, 3]))
     passes.close()
 
 

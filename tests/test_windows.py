@@ -153,6 +153,8 @@ def test_gather_takes_windows_in_any_order_and_number() -> None:
     ids = torch.tensor([9, 0, 0, 4])
     for part, expected in zip(windows.gather(ids), whole, strict=True):
         assert torch.equal(part, expected[ids])
+    for part, expected in zip(windows.gather(ids[::2]), whole, strict=True):
+        assert torch.equal(part, expected[ids[::2]])
 
 
 def test_goals_are_the_last_observation_of_the_path() -> None:

@@ -18,6 +18,7 @@ from tt_fast.discretizer import Discretizer
 from tt_fast.evaluate import evaluate
 from tt_fast.model import TrajectoryTransformer
 from tt_fast.planning import BeamPlan, Planner, beam_plan, beam_search
+from tt_fast.selection import EpisodeScore
 from tt_fast.train import train
 
 try:
@@ -29,6 +30,7 @@ __all__ = [
     "BeamPlan",
     "Checkpoint",
     "Discretizer",
+    "EpisodeScore",
     "ModelConfig",
     "OfflineDataset",
     "PlanConfig",

@@ -18,6 +18,7 @@ from tt_fast.commands.data import DataCollect, DataDownload, DataInfo
 from tt_fast.commands.demo import Demo
 from tt_fast.commands.evaluate import Evaluate
 from tt_fast.commands.plan import Plan
+from tt_fast.commands.sweep import Sweep
 from tt_fast.commands.train import Train
 from tt_fast.presets import expand_preset
 
@@ -57,11 +58,15 @@ class CommandLine:
         | Annotated[Convert, subcommand("convert")]
         | Annotated[Demo, subcommand("demo")]
         | Annotated[Bench, subcommand("bench")]
+        | Annotated[Sweep, subcommand("sweep")]
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `tt-fast`; returns the exit status: 0, 2 for a user's error, 130 after Ctrl-C."""
+    """Run `tt-fast`; returns the exit status: 0, 2 for a user's error, 130 after Ctrl-C.
+
+    `tt-fast sweep` leaves with 1 by SystemExit if a trial failed.
+    """
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv == ["--version"]:
         from tt_fast import __version__
@@ -85,9 +90,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str]) -> Command:
     """The subcommand of a command line; exits with 2 and says why if there is none."""
-    args = expand_preset(argv)
+    args = _expand_preset(argv)
     parsed = tyro.cli(CommandLine, prog="tt-fast", args=args, config=_OPTIONS).command
     return parsed.command if isinstance(parsed, Data) else parsed
+
+
+def _expand_preset(argv: Sequence[str]) -> list[str]:
+    """`expand_preset`; a sweep trains and plans, so it takes the options of both."""
+    args = expand_preset(argv)
+    if args[:1] != ["sweep"]:
+        return args
+    return ["sweep", *expand_preset(["train", *args[1:]])[1:]]
 
 
 def _one_line(error: Exception) -> str:

@@ -16,6 +16,7 @@ from tt_fast.validate import require, require_choice, require_int, require_numbe
 GoalValueMask = Literal["correct", "original"]
 Strategy = Literal["quantile", "uniform"]
 Precision = Literal["float32", "bfloat16"]
+TokenStorage = Literal["auto", "memory", "file"]
 Overflow = Literal["crop", "grow"]
 
 #: Kinds of tokens, in the order in which a transition holds them.
@@ -141,12 +142,25 @@ class TrainConfig:
     """torch device; "auto" takes cuda, then mps, then cpu."""
     precision: Precision = "float32"
     """Arithmetic of forward and backward; weights stay float32."""
+    ema_decay: float | None = None
+    """Checkpoints hold the average of the weights over steps, an old one's part shrinking by this
+    factor a step; None: the weights themselves."""
+    compile: bool = False
+    """On a GPU, let torch.compile fuse the step and record it as CUDA graphs."""
+    eval_every: int | None = None
+    """Optimiser steps between two evaluations; None: none."""
+    patience: int | None = None
+    """Evaluations in a row without a better score that end training; None: never."""
     log_steps: int = 20
     """Optimiser steps between two rows of metrics.csv."""
     checkpoint_steps: int = 500
     """Optimiser steps between two checkpoints."""
     checkpoint_minutes: float = 5.0
     """Minutes after which a checkpoint is written even if `checkpoint_steps` has not passed."""
+    token_storage: TokenStorage = "auto"
+    """Where the dataset's tokens are kept: "memory", or a temporary "file" in the run's folder, of
+    which memory holds what it can; "auto": a file where they would take over a quarter of the
+    memory that is free. The result is the same."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "step", "max_path_length", "log_steps", "checkpoint_steps"):
@@ -169,7 +183,11 @@ class TrainConfig:
         require_number("checkpoint_minutes", self.checkpoint_minutes, 0.0, open_low=True)
         if self.termination_penalty is not None:
             require_number("termination_penalty", self.termination_penalty)
-        for name in ("max_tokens", "max_windows"):
+        if self.ema_decay is not None:
+            require_number("ema_decay", self.ema_decay, 0.0, 1.0)
+            require(self.ema_decay < 1.0, "ema_decay", "a number in [0, 1)", self.ema_decay)
+        require_choice("compile", self.compile, (False, True))
+        for name in ("max_tokens", "max_windows", "eval_every", "patience"):
             if getattr(self, name) is not None:
                 require_int(name, getattr(self, name), 1)
         for name in ("max_epochs", "max_minutes"):
@@ -177,6 +195,7 @@ class TrainConfig:
                 require_number(name, getattr(self, name), 0.0, open_low=True)
         require_choice("strategy", self.strategy, ("quantile", "uniform"))
         require_choice("precision", self.precision, ("float32", "bfloat16"))
+        require_choice("token_storage", self.token_storage, ("auto", "memory", "file"))
 
 
 @dataclass(frozen=True)

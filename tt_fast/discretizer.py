@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -70,12 +70,31 @@ class Discretizer:
         shape_ok = columns.ndim == 2 and columns.shape[0] >= 1 and columns.shape[1] >= 1
         require(shape_ok, "transitions", "shape (num_steps, transition_dim)", columns.shape)
         _require_finite("transitions", columns)
+        return cls.fit_columns(columns.T, num_bins, strategy)
+
+    @classmethod
+    def fit_columns(
+        cls, columns: Iterable[Floats], num_bins: int = 100, strategy: Strategy = "quantile"
+    ) -> Discretizer:
+        """`fit` to columns that come one after another, so that only one need be in memory.
+
+        Args:
+            columns: (num_steps,) each, at least one; finite.
+            num_bins: as in `fit`.
+            strategy: as in `fit`.
+
+        Raises:
+            ValueError: as `fit`.
+        """
         require_int("num_bins", num_bins, 1)
         require_choice("strategy", strategy, ("quantile", "uniform"))
+        checked = (_finite_column(column, dim) for dim, column in enumerate(columns))
         if strategy == "uniform":
-            low, high = columns.min(axis=0), columns.max(axis=0)
-            return cls(np.linspace(low, high, num_bins + 1))
-        return cls(_quantile_thresholds(columns, num_bins))
+            bounds = np.array([(column.min(), column.max()) for column in checked])
+            # in one call: numpy rounds otherwise where any column is constant
+            return cls(np.linspace(bounds[:, 0], bounds[:, 1], num_bins + 1))
+        thresholds = [_quantile_thresholds(column, num_bins) for column in checked]
+        return cls(np.stack(thresholds, axis=1))
 
     def arrays(self) -> dict[str, Any]:
         """All of it as arrays by name, for a file."""
@@ -211,16 +230,23 @@ def _as_floats(name: str, values: ArrayLike) -> Floats:
         raise ValueError(f"{name}: expected an array of numbers: {error}") from error
 
 
-def _quantile_thresholds(columns: Floats, num_bins: int) -> Floats:
-    """Every stride-th sorted value and the maximum; (num_bins + 1, transition_dim)."""
-    num_steps = len(columns)
+def _finite_column(column: Floats, dim: int) -> Floats:
+    finite = np.isfinite(column)
+    if not finite.all():
+        row = int(finite.argmin())
+        refuse("transitions", "finite numbers", f"{column[row]} at row {row}, column {dim}")
+    return column
+
+
+def _quantile_thresholds(column: Floats, num_bins: int) -> Floats:
+    """Every stride-th sorted value and the maximum; (num_bins + 1,)."""
+    num_steps = len(column)
     if not _quantiles_exist(num_steps, num_bins):
         largest = next(n for n in range(num_bins, 0, -1) if _quantiles_exist(num_steps, n))
         expected = f"at most {largest} for {num_steps} rows (the largest that works)"
         refuse("num_bins", expected, num_bins)
-    ordered = np.sort(columns, axis=0)
-    stride = _stride(num_steps, num_bins)
-    return np.concatenate([ordered[::stride], ordered[-1:]])
+    ordered = np.sort(column)
+    return np.append(ordered[:: _stride(num_steps, num_bins)], ordered[-1])
 
 
 def _stride(num_steps: int, num_bins: int) -> int:

@@ -54,6 +54,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         for file in temporary.rglob("*"):
+            if file.is_file():  # some writers make private ones, too
+                file.chmod(0o666 & ~_umask())
             _flush_to_disk(file)
         temporary.chmod(0o777 & ~_umask())  # mkdtemp makes it private
         temporary.replace(path)

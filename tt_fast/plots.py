@@ -29,9 +29,9 @@ from numpy.typing import ArrayLike, NDArray
 from tt_fast.checkpoint import Checkpoint
 from tt_fast.config import TOKEN_KINDS
 from tt_fast.discretizer import Discretizer, Floats
-from tt_fast.metrics import read_metrics
 from tt_fast.model import TrajectoryTransformer
 from tt_fast.results import EpisodeRecord, standard_error
+from tt_fast.training.log import read_metrics
 from tt_fast.validate import require, require_int
 
 INK, MUTED, RULE, FILL = "#1f2328", "#656d76", "#d8dee4", "#b6bec9"
@@ -141,6 +141,44 @@ def plot_latency(
     labels: list[Annotation] = []
     for i, name in enumerate(names):
         labels.append(_label_apart(axes, float(x[i]), float(y[i]), name, labels))
+    return figure
+
+
+def plot_sweep(
+    names: Sequence[str],
+    means: ArrayLike,
+    std_errors: Sequence[float | None],
+    seed_means: Sequence[Sequence[float]],
+    *,
+    label: str,
+) -> Figure:
+    """A row a dataset: the mean of all episodes with its standard error, each seed's mean above.
+
+    Args:
+        names: (num_datasets,) of the datasets.
+        means: (num_datasets,) over all episodes.
+        std_errors: (num_datasets,) of those means, None where unknown.
+        seed_means: (num_datasets,) the mean of each seed's own episodes.
+        label: what the numbers are.
+
+    Raises:
+        ValueError: no datasets, numbers that are not finite, or lengths that differ.
+    """
+    x = _finite_vector("means", means)
+    lengths = [len(x), len(names), len(std_errors), len(seed_means)]
+    wanted = f"{lengths[0]} each"
+    require(len(set(lengths)) == 1, "names, std_errors, seed_means", wanted, lengths[1:])
+    figure = _new_figure(8.0, 0.9 + 0.5 * len(x))
+    axes = figure.subplots()
+    _quiet(axes)
+    for row, (mean, error, seeds) in enumerate(zip(x, std_errors, seed_means, strict=True)):
+        dots = _finite_vector("seed_means", seeds)
+        axes.plot(dots, np.full(len(dots), row - 0.22), "o", color=MUTED, markersize=4, alpha=0.7)
+        axes.errorbar(mean, row, xerr=error, fmt="o", color=POLICY, markersize=6, elinewidth=1.2)
+    axes.set_yticks(range(len(x)), names)
+    axes.set_ylim(len(x) - 0.5, -0.6)  # the first dataset on top
+    axes.tick_params(axis="y", length=0, labelcolor=INK)
+    axes.set_xlabel(f"{label}, mean ± standard error of all episodes; grey: each seed")
     return figure
 
 

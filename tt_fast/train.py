@@ -3,8 +3,12 @@
 Source: scripts/train.py and trajectory/utils/training.py. A run folder holds
 
     metrics.csv, tensorboard/            what was measured
+    scores.csv                           evaluations, where they are asked for
     checkpoints/step_00001000/           the newest two; each one whole, see checkpoint.py
-        training_state.safetensors       optimizer, random state, position in the data
+        training_state.safetensors       optimizer, position in the data
+    best/                                the checkpoint with the best score
+
+Under torchrun several processes train one model (workers.py); the first one writes.
 """
 
 from __future__ import annotations
@@ -12,11 +16,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
-import shutil
-import signal
-import threading
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +30,22 @@ from tqdm.auto import tqdm
 from tt_fast.checkpoint import Checkpoint, newest_checkpoint, origin
 from tt_fast.config import TOKEN_KINDS, ModelConfig, TrainConfig, config_to_dict
 from tt_fast.data.episodes import OfflineDataset
-from tt_fast.data.windows import TokenWindows, build_transitions
+from tt_fast.data.windows import TokenWindows
 from tt_fast.discretizer import Discretizer
-from tt_fast.files import atomic_folder
-from tt_fast.losses import evaluate_losses, marginal_losses, model_batch
-from tt_fast.metrics import LOSS_NAMES, MetricsLog
+from tt_fast.encoding import tokenize
 from tt_fast.model import TrajectoryTransformer
-from tt_fast.optimizer import Budget, build_optimizer
-from tt_fast.training_pass import Batch, ParallelPasses, add_gradients, even_passes
-from tt_fast.training_state import Position, RunIdentity, read_state, write_state
-from tt_fast.validate import require
+from tt_fast.training.interrupt import Interrupt, deferred_interrupt
+from tt_fast.training.log import LOSS_NAMES, RunLog, start_wandb
+from tt_fast.training.losses import evaluate_losses, marginal_losses
+from tt_fast.training.optimizer import Budget, WeightAverage, build_optimizer
+from tt_fast.training.run_folder import new_best, new_checkpoint, prepare_run_folder
+from tt_fast.training.state import Position, RunIdentity, read_state, write_state
+from tt_fast.training.step import StepGradients, StepResult
+from tt_fast.training.workers import Workers, join_workers
+from tt_fast.validate import require, require_number
 
-_KEPT_CHECKPOINTS = 2
+#: Scores a checkpoint, higher is better; see `tt_fast.selection.EpisodeScore`.
+Evaluator = Callable[[Checkpoint], float]
 
 
 def train(
@@ -50,11 +56,17 @@ def train(
     *,
     resume: bool = False,
     progress: bool = True,
+    evaluator: Evaluator | None = None,
+    wandb_project: str | None = None,
 ) -> Checkpoint:
     """Train until the budget is spent; the result is also the newest checkpoint of `output_dir`.
 
-    Ctrl-C finishes the step, writes a checkpoint and raises KeyboardInterrupt. A killed run loses
-    the work since its last checkpoint and nothing else.
+    Ctrl-C or SIGTERM finishes the step, writes a checkpoint and raises KeyboardInterrupt. A killed
+    run loses the work since its last checkpoint and nothing else.
+
+    Under torchrun, or in a process group of the caller's, each process takes its share of every
+    batch: `batch_size` is the whole job's. All of them must call this with the same arguments and
+    see the same `output_dir`.
 
     Args:
         dataset: what to learn from.
@@ -64,56 +76,53 @@ def train(
         resume: continue from the newest checkpoint there, bit for bit on the CPU (with a budget in
             minutes the learning rate follows the clock instead). Without one, start.
         progress: show a progress bar.
+        evaluator: scores the model every `eval_every` steps and at the end, the higher the better;
+            the best one is kept in `output_dir`/best. Its seconds do not count as training.
+        wandb_project: log to Weights & Biases as well.
 
     Returns:
         The trained model in eval mode on the CPU, its discretizer and metadata.
 
     Raises:
-        ValueError: configs that do not fit the dataset or, resuming, the checkpoint.
+        ValueError: configs that do not fit the dataset or, resuming, the checkpoint; an evaluator
+            without `eval_every`, or the reverse.
         FileExistsError: `output_dir` holds checkpoints and `resume` is False.
         FloatingPointError: the loss is no longer finite; the last checkpoint stands.
+        ImportError: Weights & Biases is asked for and not installed.
+        WorkerLostError: another process of the job has ended; the last checkpoint stands.
     """
     _check_configs(dataset, model_config, train_config)
+    _check_evaluator(train_config, evaluator)
     output_dir = Path(output_dir)
+    with join_workers(train_config.device) as workers:
+        newest = _open_run(output_dir, resume, workers)
+        discretizer, windows = tokenize(dataset, model_config, train_config, output_dir)
+        device = pick_device(train_config.device)
+        # initial weights, and dropout on a GPU, draw from torch's global generators: lend them,
+        # then put them back
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(train_config.seed)
+            trainer = _Trainer(
+                dataset, model_config, train_config, windows, discretizer, device, workers
+            )
+            if newest is not None:
+                trainer.restore(newest)
+            trainer.run(output_dir, progress and workers.is_first, evaluator, wandb_project)
+            return trainer.checkpoint()
+
+
+def _open_run(output_dir: Path, resume: bool, workers: Workers) -> Path | None:
+    """The checkpoint to go on from, of a folder made ready for all workers."""
     newest = newest_checkpoint(output_dir)
     if newest is not None and not resume:
         raise FileExistsError(
             f"output_dir: expected one without checkpoints or resume=True, got {newest}"
         )
-    _prepare_folder(output_dir / "checkpoints")
-
-    discretizer, windows = tokenize(dataset, model_config, train_config)
-    device = pick_device(train_config.device)
-    # dropout and initial weights draw from torch's global generators: lend them, then put them back
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(train_config.seed)
-        trainer = _Trainer(dataset, model_config, train_config, windows, discretizer, device)
-        if newest is not None:
-            trainer.restore(newest)
-        trainer.run(output_dir, progress)
-        return trainer.checkpoint()
-
-
-def tokenize(
-    dataset: OfflineDataset, model_config: ModelConfig, train_config: TrainConfig
-) -> tuple[Discretizer, TokenWindows]:
-    """Fit the discretizer to a dataset's transitions and cut their tokens into windows."""
-    transitions = build_transitions(
-        dataset,
-        discount=train_config.discount,
-        termination_penalty=train_config.termination_penalty,
-        max_path_length=train_config.max_path_length,
-    )
-    discretizer = Discretizer.fit(transitions.values, train_config.num_bins, train_config.strategy)
-    windows = TokenWindows(
-        discretizer.encode(transitions.values),
-        transitions.path_lengths,
-        model_config.num_transitions,
-        model_config.vocab_size,
-        step=train_config.step,
-        max_path_length=train_config.max_path_length,
-    )
-    return discretizer, windows
+    workers.wait()  # all have looked
+    if workers.is_first:
+        prepare_run_folder(output_dir)
+    workers.wait()
+    return newest
 
 
 def pick_device(name: str) -> torch.device:
@@ -147,74 +156,94 @@ class _Trainer:
         windows: TokenWindows,
         discretizer: Discretizer,
         device: torch.device,
+        workers: Workers,
     ) -> None:
-        self.dataset, self.config, self.device = dataset, config, device
-        self.windows, self.discretizer = windows, discretizer
+        self.dataset, self.config, self.workers = dataset, config, workers
+        self.discretizer = discretizer
         self.model = TrajectoryTransformer(model_config).to(device)
         self.optimizer = build_optimizer(self.model, config)
-        self.pass_windows = _pass_windows(config, windows, device)
-        on_cpu = device.type == "cpu"
-        self.passes = ParallelPasses(self.model, torch.get_num_threads()) if on_cpu else None
+        decay = config.ema_decay
+        self.average = None if decay is None else WeightAverage(self.model, decay)
         self.budget = Budget(config, len(windows), windows.window_len)
         self.identity = RunIdentity(model_config, config, _digest(windows, discretizer))
         self.at = Position()
         self._order, self._order_epoch = torch.empty(0, dtype=torch.int64), -1
         self.marginal_losses = marginal_losses(windows, model_config)
         self.windows = windows.to(device)  # after what counts their tokens here
+        self.gradients = StepGradients(self.model, config, self.windows, workers)
         self.eval_losses: dict[str, float] = {}
         self.origin = origin()  # asks git: once a run, not once a checkpoint
 
     # ---- the loop ----
 
-    def run(self, output_dir: Path, progress: bool) -> None:
+    def run(
+        self,
+        output_dir: Path,
+        progress: bool,
+        evaluator: Evaluator | None,
+        wandb_project: str | None,
+    ) -> None:
         """Train until the budget is spent, logging and writing checkpoints on the way."""
-        log = MetricsLog(output_dir, self.at.step)
+        log = self._open_log(output_dir, wandb_project)
         bar = tqdm(
             total=100, disable=not progress, initial=min(100.0, 100 * self.fraction),
             bar_format="train {n:.1f} % |{bar}| {elapsed}<{remaining}{postfix}",
         )  # fmt: skip
         self.model.train()
         try:
-            with _deferred_interrupt() as interrupted:
-                saved_step = self._run_steps(output_dir, log, bar, interrupted)
-                if not interrupted.is_set() and not self.eval_losses:
-                    self.eval_losses = evaluate_losses(self.model, self.windows)
-                if self.at.step > saved_step:
-                    self._save(output_dir)
-            if interrupted.is_set():
+            with deferred_interrupt() as interrupt:
+                self._run_steps(output_dir, log, bar, evaluator, interrupt)
+            if interrupt.happened:
                 raise KeyboardInterrupt
         finally:
             bar.close()
             log.close()
-            if self.passes is not None:
-                self.passes.close()
+            self.gradients.close()
 
     def _run_steps(
-        self, output_dir: Path, log: MetricsLog, bar: Any, interrupted: threading.Event
-    ) -> int:
-        """Steps and the checkpoints between them; returns the step of the newest one."""
+        self,
+        output_dir: Path,
+        log: RunLog,
+        bar: Any,
+        evaluator: Evaluator | None,
+        interrupt: Interrupt,
+    ) -> None:
+        """Steps, evaluations and checkpoints, the last one at the end."""
         saved_step, saved_at = self.at.step, time.monotonic()
         clock, row_seconds, row_tokens = time.monotonic(), self.at.seconds, self.at.tokens
-        while self.fraction < 1.0 and not interrupted.is_set():
+        self._evaluate_if_due(evaluator, output_dir, log, interrupt)  # one that was cut short
+        while self.fraction < 1.0 and not interrupt.happened:
             self._step()
             now = time.monotonic()
-            self.at.seconds += now - clock
-            clock = now
+            self._agree(now - clock, interrupt)
             if self.at.sum_steps == self.config.log_steps or self.fraction >= 1.0:
                 elapsed = self.at.seconds - row_seconds
                 self._log(log, bar, (self.at.tokens - row_tokens) / max(elapsed, 1e-9))
                 row_seconds, row_tokens = self.at.seconds, self.at.tokens
-            minutes = (now - saved_at) / 60.0
+            self._evaluate_if_due(evaluator, output_dir, log, interrupt)
+            minutes = self.workers.agree((now - saved_at) / 60.0)
             due = self.at.step % self.config.checkpoint_steps == 0
             if (due or minutes >= self.config.checkpoint_minutes) and self.fraction < 1.0:
                 self._save(output_dir)
                 saved_step, saved_at = self.at.step, time.monotonic()
-        return saved_step
+            clock = time.monotonic()
+        if not interrupt.happened and not self.eval_losses:
+            self.eval_losses = evaluate_losses(self.published, self.windows)
+        if self.at.step > saved_step:
+            self._save(output_dir)
 
     @property
     def fraction(self) -> float:
-        """Share of the budget used."""
+        """Share of the budget used; 1 if evaluations have stopped getting better."""
+        patience = self.config.patience
+        if patience is not None and self.at.worse_evals >= patience:
+            return 1.0
         return self.budget.fraction(self.at.tokens, self.at.windows, self.at.seconds)
+
+    @property
+    def published(self) -> TrajectoryTransformer:
+        """What checkpoints hold: the average of the weights, if there is one."""
+        return self.model if self.average is None else self.average.model
 
     def _step(self) -> None:
         """One optimiser step on the next batch."""
@@ -222,33 +251,22 @@ class _Trainer:
         learning_rate = self.budget.learning_rate(self.at.tokens, self.fraction)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        batches = [
-            Batch(*model_batch(self.model, self.windows, ids))
-            for ids in window_ids.split(self.pass_windows)
-        ]
-        token_losses = torch.cat(self._backward(batches))
-        targets = torch.cat([batch.targets for batch in batches])
-        mask = torch.cat([batch.mask for batch in batches])
-        loss = self.model.weighted_loss(token_losses, mask)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
-        self._require_finite(loss, norm)
+        result = self.gradients.run(window_ids, self.at.step)
+        self._require_finite(result)
         self.optimizer.step()
+        if self.average is not None:
+            self.average.update(self.model, self.at.step)
         self.eval_losses = {}
-        self._account(loss, token_losses, targets, mask)
+        self._account(result, len(window_ids))
 
-    def _backward(self, batches: list[Batch]) -> list[Tensor]:
-        """Gradients of a step; the losses of each batch's tokens, (B, T)."""
-        bfloat16 = self.config.precision == "bfloat16"
-        if self.passes is not None:
-            address = (self.config.seed, self.at.step)
-            return self.passes.backward(batches, address=address, bfloat16=bfloat16)
-        self.optimizer.zero_grad(set_to_none=True)
-        num_windows, found = sum(len(batch.inputs) for batch in batches), []
-        for batch in batches:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
-                losses = self.model.token_losses(batch.inputs, batch.targets, batch.goal)
-            found.append(add_gradients(self.model, losses, batch.mask, num_windows))
-        return found
+    def _agree(self, seconds: float, interrupt: Interrupt) -> None:
+        """Count a step's seconds, and stop where one worker was told to: all alike."""
+        if self.workers.count > 1:
+            seconds = self.workers.agree(seconds)
+            happened = torch.tensor([float(interrupt.happened)], device=self.windows.device)
+            self.workers.sum(happened)
+            interrupt.happened = bool(happened.item())
+        self.at.seconds += seconds
 
     def _next_window_ids(self) -> Tensor:
         """(batch,) ids; every epoch visits all windows once, in an order of its own."""
@@ -267,29 +285,38 @@ class _Trainer:
             self._order_epoch = self.at.epoch
         return self._order
 
-    def _require_finite(self, loss: Tensor, norm: Tensor) -> None:
+    def _require_finite(self, result: StepResult) -> None:
         """Stop before weights are spoilt: what is saved stays good."""
-        for name, value in (("loss", loss), ("gradient norm", norm)):
-            if not torch.isfinite(value):
-                got = f"{value.item()} at step {self.at.step}"
+        for name, value in (("loss", result.loss), ("gradient norm", result.gradient_norm)):
+            if not math.isfinite(value):
+                got = f"{value} at step {self.at.step}"
                 raise FloatingPointError(f"{name}: expected a finite number, got {got}")
 
-    def _account(self, loss: Tensor, token_losses: Tensor, targets: Tensor, mask: Tensor) -> None:
+    def _account(self, result: StepResult, num_windows: int) -> None:
         at = self.at
         at.step += 1
-        at.windows += len(targets)
-        at.tokens += int((targets != self.model.config.vocab_size).sum())
+        at.windows += num_windows
+        at.tokens += result.tokens
         at.sum_steps += 1
-        at.sums["loss"] += loss.item()
-        for kind, mean in self.model.mean_by_kind(token_losses, mask).items():
-            at.sums[f"loss_{kind}"] += mean.item()
+        at.sums["loss"] += result.loss
+        for kind, loss in result.losses.items():
+            at.sums[f"loss_{kind}"] += loss
 
-    def _log(self, log: MetricsLog, bar: Any, tokens_per_second: float) -> None:
+    def _open_log(self, output_dir: Path, wandb_project: str | None) -> RunLog:
+        """Of the first worker; the others write nothing."""
+        if not self.workers.is_first:
+            return RunLog(None, self.at.step)
+        wandb_run = None
+        if wandb_project is not None:
+            wandb_run = start_wandb(wandb_project, output_dir, self.identity.to_dict())
+        return RunLog(output_dir, self.at.step, wandb_run)
+
+    def _log(self, log: RunLog, bar: Any, tokens_per_second: float) -> None:
         at = self.at
         means = {name: total / at.sum_steps for name, total in at.sums.items()}
         at.losses = {kind: means[f"loss_{kind}"] for kind in TOKEN_KINDS}
         at.sums, at.sum_steps = dict.fromkeys(LOSS_NAMES, 0.0), 0
-        log.write(
+        log.write_metrics(
             {
                 "step": at.step,
                 "tokens": at.tokens,
@@ -309,11 +336,47 @@ class _Trainer:
         bar.n = min(100.0, 100 * self.fraction)
         bar.refresh()
 
+    # ---- evaluations ----
+
+    def _evaluate_if_due(
+        self, evaluator: Evaluator | None, output_dir: Path, log: RunLog, interrupt: Interrupt
+    ) -> None:
+        """Every so many steps and at the end of the budget, once a step."""
+        every, step = self.config.eval_every, self.at.step
+        if evaluator is None or every is None or step == self.at.eval_step:
+            return
+        if step % every == 0 or self.fraction >= 1.0:
+            self._evaluate(evaluator, output_dir, log, interrupt)
+
+    def _evaluate(
+        self, evaluator: Evaluator, output_dir: Path, log: RunLog, interrupt: Interrupt
+    ) -> None:
+        """Score the model, on the first worker; keep it if it is the best one."""
+        at, score = self.at, math.nan
+        if self.workers.is_first:
+            with interrupt.at_once(), contextlib.suppress(KeyboardInterrupt):
+                score = evaluator(self.checkpoint())
+                require_number("evaluator's score", score)
+        score = self.workers.agree(score)
+        if math.isnan(score):  # Ctrl-C: the evaluation comes again after resuming
+            interrupt.happened = True
+            return
+        at.eval_step = at.step
+        is_best = at.best_score is None or score > at.best_score
+        at.worse_evals = 0 if is_best else at.worse_evals + 1
+        at.best_score = score if is_best else at.best_score
+        if not self.workers.is_first:
+            return
+        log.write_score({"step": at.step, "tokens": at.tokens, "score": score})
+        if is_best:
+            with new_best(output_dir) as folder:
+                self.checkpoint().write(folder)
+
     # ---- checkpoints ----
 
     def checkpoint(self) -> Checkpoint:
         """The model so far, copied to the CPU in eval mode."""
-        model = copy.deepcopy(self.model).cpu().eval()
+        model = copy.deepcopy(self.published).cpu().eval()
         dataset, at = self.dataset, self.at
         metadata = {
             "env_id": dataset.env_id,
@@ -327,6 +390,7 @@ class _Trainer:
             "losses": at.losses,
             "eval_losses": self.eval_losses,
             "marginal_losses": self.marginal_losses,
+            "best_score": at.best_score,
             **self.origin,
         }
         return Checkpoint(model, self.discretizer, metadata)
@@ -335,31 +399,27 @@ class _Trainer:
         """Continue from a checkpoint that this run, or its forerunner, wrote."""
         saved = Checkpoint.load(folder)
         self.at = read_state(folder, self.identity, self.model, self.optimizer)
-        self.model.load_state_dict(saved.model.state_dict())
+        self.published.load_state_dict(saved.model.state_dict())
         self.eval_losses = saved.metadata["eval_losses"]
 
     def _save(self, output_dir: Path) -> None:
-        """Write checkpoints/step_N whole, then drop all but the newest ones."""
-        folder = output_dir / "checkpoints" / f"step_{self.at.step:08d}"
-        with atomic_folder(folder) as temporary:
-            self.checkpoint().write(temporary)
-            write_state(temporary, self.identity, self.at, self.model, self.optimizer)
-        for old in sorted(folder.parent.glob("step_*"))[:-_KEPT_CHECKPOINTS]:
-            shutil.rmtree(_hide(old))
-
-
-def _pass_windows(config: TrainConfig, windows: TokenWindows, device: torch.device) -> int:
-    """Windows of one pass: what fits a processor's caches, a whole batch elsewhere."""
-    if config.pass_windows is not None:
-        return config.pass_windows
-    if device.type != "cpu":
-        return config.batch_size
-    return even_passes(config.batch_size, windows.window_len, torch.get_num_threads())
+        """Write checkpoints/step_N whole; the first worker does."""
+        if not self.workers.is_first:
+            return
+        with new_checkpoint(output_dir, self.at.step) as folder:
+            self.checkpoint().write(folder)
+            averaged = self.average is not None
+            write_state(
+                folder, self.identity, self.at, self.model, self.optimizer, with_weights=averaged
+            )
 
 
 def _digest(windows: TokenWindows, discretizer: Discretizer) -> str:
     """SHA-256 of the data as the model sees them."""
-    return hashlib.sha256(windows.token_bytes() + discretizer.thresholds.tobytes()).hexdigest()
+    digest = hashlib.sha256()
+    windows.update_digest(digest)
+    digest.update(discretizer.thresholds.tobytes())
+    return digest.hexdigest()
 
 
 def _check_configs(dataset: OfflineDataset, model: ModelConfig, config: TrainConfig) -> None:
@@ -377,33 +437,9 @@ def _check_configs(dataset: OfflineDataset, model: ModelConfig, config: TrainCon
     require(same, "model_config.vocab_size", f"train_config.num_bins={bins}", model.vocab_size)
 
 
-def _prepare_folder(checkpoints: Path) -> None:
-    """Make the folder; drop what a killed run left half-written or half-deleted in it."""
-    try:
-        checkpoints.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise ValueError(f"output_dir: expected a folder or a new name: {error}") from error
-    for leftover in checkpoints.glob(".step_*"):
-        shutil.rmtree(leftover)
-
-
-def _hide(folder: Path) -> Path:
-    """Rename a checkpoint that is about to be deleted: a half-deleted one must not be found."""
-    return folder.rename(folder.with_name(f".{folder.name}.old"))
-
-
-@contextlib.contextmanager
-def _deferred_interrupt() -> Iterator[threading.Event]:
-    """Yield an event that Ctrl-C sets, so that a step is never cut in half.
-
-    Outside the main thread Python delivers no signals: the event then stays unset.
-    """
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    before = signal.signal(signal.SIGINT, lambda *_: event.set())
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGINT, before)
+def _check_evaluator(config: TrainConfig, evaluator: Evaluator | None) -> None:
+    for name, value in (("eval_every", config.eval_every), ("patience", config.patience)):
+        fits = value is None or evaluator is not None
+        require(fits, "evaluator", f"a function, as {name} is {value}", evaluator)
+    fits = evaluator is None or config.eval_every is not None
+    require(fits, "eval_every", "a number of steps, as there is an evaluator", config.eval_every)

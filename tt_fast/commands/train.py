@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from tt_fast.commands.base import Command
-from tt_fast.config import TOKEN_KINDS, ModelConfig, TrainConfig, config_to_dict
+from tt_fast.config import TOKEN_KINDS, ModelConfig, PlanConfig, TrainConfig, config_to_dict
 from tt_fast.presets import check_preset
 
 if TYPE_CHECKING:
     from tt_fast.checkpoint import Checkpoint
     from tt_fast.data import OfflineDataset
+    from tt_fast.selection import EpisodeScore
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,42 @@ class ModelOptions(ModelConfig):
         return ModelConfig(**config_to_dict(self) | known)
 
 
+@dataclass(frozen=True)
+class EvalOptions:
+    """How a model is scored while it trains."""
+
+    eval_episodes: int = 8
+    """Episodes of an evaluation."""
+    eval_horizon: int = 5
+    """Transitions planned."""
+    eval_beam_width: int = 32
+    """Beams kept after each planned transition."""
+    eval_plan_freq: int = 1
+    """Environment steps between two plans."""
+    eval_max_steps: int | None = None
+    """Ends every episode after so many steps."""
+
+    def evaluator(self, config: TrainConfig) -> EpisodeScore | None:
+        """What `train` calls; None if it is not to evaluate."""
+        if config.eval_every is None:
+            return None
+        from tt_fast.selection import EpisodeScore
+
+        return EpisodeScore(
+            episodes=self.eval_episodes,
+            plan=PlanConfig(horizon=self.eval_horizon, beam_width=self.eval_beam_width),
+            plan_freq=self.eval_plan_freq,
+            max_steps=self.eval_max_steps,
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Train(Command):
     """Train a model on a dataset, into a run folder with checkpoints, metrics.csv and TensorBoard.
 
-    Ctrl-C saves a checkpoint and ends; --resume continues from the newest one.
+    Ctrl-C saves a checkpoint and ends; --resume continues from the newest one. With --eval-every
+    the model plays episodes now and then, and the best checkpoint so far is kept in best/. Under
+    torchrun (`torchrun --nproc-per-node 2 -m tt_fast train ...`) several processes train one model.
     """
 
     dataset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATASET")]
@@ -57,16 +89,21 @@ class Train(Command):
     beside it win."""
     no_progress: bool = False
     """Show no progress bar."""
+    wandb: str | None = None
+    """Project of Weights & Biases to log to as well."""
     model: ModelOptions = field(default_factory=ModelOptions)
     """The model; its dimensions come from the dataset, its vocab_size is --num-bins."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Without a budget (tokens, epochs, windows, minutes) training runs the original's 50 million
     windows; with several, the first one reached ends it."""
+    evaluation: EvalOptions = field(default_factory=EvalOptions)
+    """What is played every --eval-every steps."""
 
     def run(self) -> None:
         from tt_fast.checkpoint import newest_checkpoint
         from tt_fast.data import load_dataset
         from tt_fast.train import train
+        from tt_fast.training.workers import is_first_process
 
         check_preset(self.preset)
         dataset = load_dataset(self.dataset, env_id=self.env_id, ref_scores=self.ref_scores)
@@ -78,9 +115,15 @@ class Train(Command):
             self.output_dir,
             resume=self.resume,
             progress=not self.no_progress,
+            evaluator=self.evaluation.evaluator(self.train),
+            wandb_project=self.wandb,
         )
+        if not is_first_process():
+            return
         print(_loss_table(checkpoint))
         print(newest_checkpoint(self.output_dir))
+        if self.train.eval_every is not None:
+            print(f"{self.output_dir / 'best'}: best score {checkpoint.metadata['best_score']:.1f}")
 
     def saved(self) -> str:
         from tt_fast.checkpoint import newest_checkpoint

@@ -6,8 +6,11 @@ Source: trajectory/datasets/sequence.py and d4rl.py of the original, design sect
 from __future__ import annotations
 
 import copy
+import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,15 +19,41 @@ from numpy.typing import NDArray
 from tt_fast.data.episodes import OfflineDataset
 from tt_fast.validate import require, require_int
 
+#: Rows that are looked at together where all of them at once would be too much memory.
+CHUNK_ROWS = 2**15
+
 
 @dataclass(frozen=True)
 class Transitions:
-    """Rows [observation, action, reward, value] of all paths, one after another."""
+    """Rows [observation, action, reward, value] of all paths, one after another.
 
-    values: NDArray[np.float64]
-    """(num_steps, transition_dim)"""
+    Rows and columns are joined, and made float64, when they are asked for.
+    """
+
+    parts: tuple[NDArray[np.floating[Any]], ...]
+    """(num_steps, width) each: observations and actions as the dataset has them, rewards, values"""
     path_lengths: NDArray[np.int64]
     """(num_paths,), summing to num_steps"""
+
+    @property
+    def num_steps(self) -> int:
+        """Rows, all paths together."""
+        return len(self.parts[0])
+
+    @property
+    def values(self) -> NDArray[np.float64]:
+        """(num_steps, transition_dim): all of it at once, 8 bytes a number."""
+        return self.rows(0, self.num_steps)
+
+    def rows(self, start: int, stop: int) -> NDArray[np.float64]:
+        """(stop - start, transition_dim): some rows."""
+        return np.concatenate([p[start:stop] for p in self.parts], axis=1, dtype=np.float64)
+
+    def columns(self) -> Iterator[NDArray[np.float64]]:
+        """(num_steps,) each: the dimensions, one after another."""
+        for part in self.parts:
+            for dim in range(part.shape[1]):
+                yield part[:, dim].astype(np.float64)
 
 
 def build_transitions(
@@ -54,9 +83,8 @@ def build_transitions(
     if termination_penalty is not None:
         rewards[dataset.terminations[:num_steps]] = termination_penalty
     values = discounted_values(rewards, path_lengths, discount)
-    columns = [dataset.observations[:num_steps], dataset.actions[:num_steps]]
-    rows = np.concatenate([*columns, rewards[:, None], values[:, None]], axis=1, dtype=np.float64)
-    return Transitions(rows, path_lengths)
+    seen = dataset.observations[:num_steps], dataset.actions[:num_steps]
+    return Transitions((*seen, rewards[:, None], values[:, None]), path_lengths)
 
 
 def _path_lengths(dataset: OfflineDataset, num_steps: int) -> NDArray[np.int64]:
@@ -80,13 +108,11 @@ def discounted_values(
         (num_steps,) float64; 0 at the last step of a path.
     """
     values = np.empty(len(rewards))
-    path_ends = set(np.cumsum(path_lengths) - 1)
-    after = 0.0
-    for t, reward in zip(range(len(rewards) - 1, -1, -1), rewards[::-1].tolist(), strict=True):
-        if t in path_ends:
-            after = 0.0
-        values[t] = after
-        after = reward + discount * after
+    stops = np.cumsum(path_lengths)
+    for start, stop in zip(stops - path_lengths, stops, strict=True):
+        later = rewards[start + 1 : stop][::-1].tolist()  # the path's rewards but its first
+        sums = accumulate(later, lambda after, reward: reward + discount * after, initial=0.0)
+        values[start:stop][::-1] = list(sums)
     return values
 
 
@@ -114,9 +140,11 @@ class TokenWindows:
         stop_token: id that fills a window past its path's end (vocab_size).
         step: environment steps between two transitions of a window.
         max_path_length: windows are masked past it (sequence.py:172-176).
+        has_stop_row: `tokens` are (num_steps + 1, transition_dim), their last row stop tokens, and
+            of the type that `token_dtype` names: they are then used as they are, without a copy.
 
     Raises:
-        ValueError: shapes that do not fit, or no path of two or more steps.
+        ValueError: shapes or types that do not fit, or no path of two or more steps.
     """
 
     def __init__(
@@ -128,37 +156,48 @@ class TokenWindows:
         *,
         step: int = 1,
         max_path_length: int = 1000,
+        has_stop_row: bool = False,
     ) -> None:
         require(tokens.ndim == 2, "tokens", "shape (num_steps, transition_dim)", tokens.shape)
-        total = int(np.sum(path_lengths))
-        require(len(tokens) == total, "tokens", f"{total} rows, as path_lengths sums", len(tokens))
+        total, num_steps = int(np.sum(path_lengths)), len(tokens) - has_stop_row
+        require(num_steps == total, "tokens", f"{total} rows, as path_lengths sums", num_steps)
         require_int("num_transitions", num_transitions, 1)
         require_int("step", step, 1)
         self.num_transitions, self.stop_token, self.step = num_transitions, stop_token, step
         self.max_path_length = max_path_length
         self.transition_dim = int(tokens.shape[1])
-        self.indices = _window_starts(path_lengths)
-        require(len(self.indices) > 0, "path_lengths", "an episode of 2 or more steps", "none")
-
-        small = torch.uint8 if stop_token <= 255 else torch.int32
-        # one more row of stop tokens at the end: every step past a path's end points there
-        stop_row = np.full((1, self.transition_dim), stop_token, dtype=np.int64)
-        self._tokens = torch.from_numpy(np.concatenate([tokens, stop_row])).to(small)
+        # every step past a path's end points to the row of stop tokens
+        kept = tokens if has_stop_row else _with_stop_row(tokens, stop_token)
+        dtype = token_dtype(stop_token)
+        require(kept.dtype == dtype, "tokens", f"{dtype}, as they have a stop row", kept.dtype)
+        self._tokens = torch.from_numpy(kept)
         self._path_lengths = torch.from_numpy(np.asarray(path_lengths, dtype=np.int64))
         self._path_starts = torch.cumsum(self._path_lengths, 0) - self._path_lengths
-        self._indices = torch.from_numpy(self.indices)
+        counts = (self._path_lengths - 1).clamp(min=0)
+        # (num_paths,): windows of a path and of those before it
+        self._window_stops = torch.cumsum(counts, 0)
+        self._num_windows = int(counts.sum())
+        require(self._num_windows > 0, "path_lengths", "an episode of 2 or more steps", "none")
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return self._num_windows
+
+    @property
+    def indices(self) -> NDArray[np.int64]:
+        """(num_windows, 2): path index and first step of every window."""
+        window_ids = torch.arange(len(self), device=self.device)
+        return torch.stack(self._find(window_ids), dim=1).cpu().numpy()
 
     @property
     def window_len(self) -> int:
         """Tokens of a window's inputs: num_transitions * transition_dim - 1."""
         return self.num_transitions * self.transition_dim - 1
 
-    def token_bytes(self) -> bytes:
-        """All tokens as bytes, to tell one dataset from another."""
-        return b"".join(x.cpu().numpy().tobytes() for x in (self._tokens, self._path_lengths))
+    def update_digest(self, digest: hashlib._Hash) -> None:
+        """Feed all tokens and lengths to a hash, to tell one dataset from another."""
+        for tensor in (self._tokens, self._path_lengths):
+            for rows in tensor.split(CHUNK_ROWS):
+                digest.update(rows.cpu().numpy().tobytes())
 
     @property
     def device(self) -> torch.device:
@@ -168,13 +207,13 @@ class TokenWindows:
     def to(self, device: torch.device) -> TokenWindows:
         """The same windows, gathered on a device: a byte a token there, and no copy a step."""
         moved = copy.copy(self)
-        for name in ("_tokens", "_path_lengths", "_path_starts", "_indices"):
+        for name in ("_tokens", "_path_lengths", "_path_starts", "_window_stops"):
             setattr(moved, name, getattr(self, name).to(device))
         return moved
 
     def gather(self, window_ids: torch.Tensor) -> WindowBatch:
         """The windows with these ids (batch,) int64, on `device`."""
-        path_idx, start = self._indices[window_ids.to(self.device)].unbind(1)
+        path_idx, start = self._find(window_ids.to(self.device))
         # path_steps: (batch, num_transitions), steps since the path's start
         path_steps = (
             start[:, None] + torch.arange(self.num_transitions, device=self.device) * self.step
@@ -192,17 +231,29 @@ class TokenWindows:
 
         Source: GoalDataset, trajectory/datasets/sequence.py:189-201.
         """
-        path_idx = self._indices[window_ids.to(self.device), 0]
+        path_idx, _ = self._find(window_ids.to(self.device))
         last = self._path_starts[path_idx] + self._path_lengths[path_idx] - 1
         return self._tokens[last, :observation_dim].long()
 
+    def _find(self, window_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Path index and first step of windows, (batch,) each."""
+        window_ids = window_ids.contiguous()  # torch warns of others
+        path_idx = torch.searchsorted(self._window_stops, window_ids, right=True)
+        counts = (self._path_lengths[path_idx] - 1).clamp(min=0)
+        return path_idx, window_ids - self._window_stops[path_idx] + counts
 
-def _window_starts(path_lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """(num_windows, 2): path index and first step of every window."""
-    counts = np.maximum(np.asarray(path_lengths, dtype=np.int64) - 1, 0)
-    path_idx = np.repeat(np.arange(len(counts)), counts)
-    first = np.repeat(np.cumsum(counts) - counts, counts)
-    return np.stack([path_idx, np.arange(len(path_idx)) - first], axis=1)
+
+def token_dtype(stop_token: int) -> np.dtype[Any]:
+    """The type in which tokens up to `stop_token` are kept."""
+    return np.dtype(np.uint8 if stop_token <= 255 else np.int32)
+
+
+def _with_stop_row(tokens: NDArray[np.integer], stop_token: int) -> NDArray[np.integer]:
+    """A copy in the smallest type with one more row, of stop tokens."""
+    num_steps, transition_dim = tokens.shape
+    kept = np.empty((num_steps + 1, transition_dim), token_dtype(stop_token))
+    kept[:-1], kept[-1] = tokens, stop_token
+    return kept
 
 
 def spaced_ids(count: int, most: int) -> torch.Tensor:

@@ -48,7 +48,7 @@ class Recipe:
             termination_penalty=self.termination_penalty,
             max_path_length=self.max_path_length,
         )
-        return Discretizer.fit(transitions.values, self.num_bins)
+        return Discretizer.fit_columns(transitions.columns(), self.num_bins)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a run needs besides its weights to continue bit for bit: optimizer, random state, position.
+"""What a run needs besides its weights to continue bit for bit: optimizer and position.
 
 Kept as training_state.safetensors beside a checkpoint's files: tensors by name, the rest as JSON in
 the header.
@@ -17,16 +17,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from tt_fast.config import ModelConfig, TrainConfig, config_to_dict
-from tt_fast.metrics import LOSS_NAMES
 from tt_fast.model import TrajectoryTransformer
+from tt_fast.training.log import LOSS_NAMES
 from tt_fast.validate import require
 
 _STATE = "training_state.safetensors"
 #: Fields that a resumed run may change; all others decide the result.
 _FREE_FIELDS = {
     "max_tokens", "max_epochs", "max_windows", "max_minutes", "device", "log_steps",
-    "checkpoint_steps", "checkpoint_minutes",
+    "checkpoint_steps", "checkpoint_minutes", "eval_every", "patience", "token_storage",
 }  # fmt: skip
+#: What a run had for a field that is younger than its checkpoint.
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
 
 
 @dataclass
@@ -45,6 +47,12 @@ class Position:
     sum_steps: int = 0
     losses: dict[str, float] = field(default_factory=dict)
     """Means of the last row, by kind"""
+    best_score: float | None = None
+    """Best evaluation so far"""
+    worse_evals: int = 0
+    """Evaluations since that one"""
+    eval_step: int = 0
+    """Step of the newest evaluation"""
 
 
 @dataclass(frozen=True)
@@ -72,15 +80,20 @@ def write_state(
     position: Position,
     model: TrajectoryTransformer,
     optimizer: torch.optim.Optimizer,
+    *,
+    with_weights: bool = False,
 ) -> None:
-    """Write the state file into a checkpoint folder."""
-    device = model.pos_emb.device
-    tensors = {"rng": torch.get_rng_state()}
-    if device.type == "cuda":
-        tensors["rng_cuda"] = torch.cuda.get_rng_state(device)
+    """Write the state file into a checkpoint folder.
+
+    Args:
+        with_weights: the model's too, where the checkpoint holds others (their average).
+    """
+    tensors = {}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state[parameter].items():
             tensors[f"{key}/{name}"] = value.detach().cpu().contiguous()
+        if with_weights:
+            tensors[f"weights/{name}"] = parameter.detach().cpu().contiguous()
     about = {
         "position": json.dumps(dataclasses.asdict(position)),
         "identity": json.dumps(identity.to_dict()),
@@ -95,7 +108,8 @@ def read_state(
     model: TrajectoryTransformer,
     optimizer: torch.optim.Optimizer,
 ) -> Position:
-    """Put optimizer and random state of a checkpoint folder in place; returns its position.
+    """Put the optimizer's state of a checkpoint folder, and the model's weights where it has
+    them, in place; returns its position.
 
     Raises:
         ValueError: damaged or absent, or of a run with another identity; the message names what.
@@ -117,9 +131,10 @@ def read_state(
             "exp_avg": tensors[f"exp_avg/{name}"].to(device),
             "exp_avg_sq": tensors[f"exp_avg_sq/{name}"].to(device),
         }
-    torch.set_rng_state(tensors["rng"])
-    if device.type == "cuda" and "rng_cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["rng_cuda"], device)
+    if identity.train_config.ema_decay is not None:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(tensors[f"weights/{name}"])
     return Position(**json.loads(about["position"]))
 
 
@@ -137,5 +152,5 @@ def _check_identity(
     now = json.loads(json.dumps(identity.to_dict()))  # tuples become lists, as in `before`
     for part, values in now.items():
         for name, value in values.items():
-            was = before.get(part, {}).get(name)
+            was = before.get(part, {}).get(name, _DEFAULTS.get(name))
             require(was == value, f"{part}.{name}", f"{was!r}, to resume {folder}", value)

@@ -1,7 +1,9 @@
-"""AdamW groups, learning-rate schedule and budget of a training run, as the original has them."""
+"""AdamW groups, learning-rate schedule and budget of a training run, as the original has them,
+and what the original has not: an average of the weights."""
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -28,8 +30,34 @@ def build_optimizer(model: TrajectoryTransformer, config: TrainConfig) -> torch.
         {"params": [p for n, p in parameters.items() if n not in decayed], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
-        groups, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
+        groups,
+        lr=config.learning_rate,
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+        fused=model.pos_emb.device.type == "cuda" or None,  # None: torch's choice
     )
+
+
+class WeightAverage:
+    """An exponential moving average of a model's weights, over optimiser steps.
+
+    Args:
+        model: whose weights it starts with.
+        decay: part of the old average that a step keeps. Early on it keeps less,
+            (1 + step) / (10 + step), so that the initial weights are soon forgotten.
+    """
+
+    def __init__(self, model: TrajectoryTransformer, decay: float) -> None:
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self._decay = decay
+
+    @torch.no_grad()
+    def update(self, model: TrajectoryTransformer, step: int) -> None:
+        """Take in the weights after step `step`, counted from 0."""
+        decay = min(self._decay, (1 + step) / (10 + step))
+        average: list[torch.Tensor] = [*self.model.parameters()]
+        weights: list[torch.Tensor] = [*model.parameters()]
+        torch._foreach_lerp_(average, weights, 1.0 - decay)
 
 
 @dataclass(frozen=True)

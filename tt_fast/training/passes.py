@@ -74,25 +74,30 @@ class ParallelPasses:
         )
 
     def backward(
-        self, batches: Sequence[Batch], *, address: tuple[int, ...], bfloat16: bool
+        self,
+        batches: Sequence[Batch],
+        *,
+        addresses: Sequence[tuple[int, ...]],
+        num_windows: int,
+        bfloat16: bool,
     ) -> list[Tensor]:
-        """Set the model's gradients to those of the weighted, masked loss over all batches.
+        """Set the model's gradients to the part of a step's that these batches have.
 
         Args:
-            batches: of a step, in order.
-            address: of the step; pass i draws its dropout at (*address, i).
+            batches: of a step, or some of them, in order.
+            addresses: where each batch draws its dropout.
+            num_windows: of the whole step, whose loss is the mean over all of them.
             bfloat16: arithmetic under autocast.
 
         Returns:
             Losses of each batch's tokens, (B, T), nats.
         """
-        num_windows = sum(len(batch.inputs) for batch in batches)
 
         def run(worker_idx: int) -> list[Tensor]:
             model, found = self._workers[worker_idx], []
             model.zero_grad(set_to_none=True)
             for pass_idx in range(worker_idx, len(batches), len(self._workers)):
-                batch, masks = batches[pass_idx], DropoutMasks(*address, pass_idx)
+                batch, masks = batches[pass_idx], DropoutMasks(*addresses[pass_idx])
                 with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
                     losses = pass_losses(model, batch.inputs, batch.targets, batch.goal, masks)
                 found.append(add_gradients(model, losses, batch.mask, num_windows))
@@ -112,7 +117,7 @@ class ParallelPasses:
         each = zip(*(worker.parameters() for worker in self._workers), strict=True)
         for parameter, theirs in zip(self.model.parameters(), each, strict=True):
             parts = [p.grad for p in theirs if p.grad is not None]  # a worker may have had no pass
-            parameter.grad = functools.reduce(torch.add, parts)
+            parameter.grad = functools.reduce(torch.add, parts) if parts else None
 
 
 def add_gradients(

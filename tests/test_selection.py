@@ -1,0 +1,77 @@
+"""Checkpoints scored while training: by episodes that the planner plays."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from command_line import DEMO, SMALL, TOY, refuse, run, save_model
+from toy_env import ToyEnv
+
+from tt_fast.checkpoint import Checkpoint
+from tt_fast.config import PlanConfig
+from tt_fast.evaluate import evaluate
+from tt_fast.planning import Planner
+from tt_fast.selection import EpisodeScore
+
+PLAN = PlanConfig(horizon=2, beam_width=3, n_expand=2)
+
+
+def test_a_score_is_the_mean_return_of_its_episodes(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.load(save_model(tmp_path / "model"))
+    score = EpisodeScore(TOY, 3, PLAN, plan_freq=2, max_steps=4, seed=7)
+    planner = Planner(checkpoint, PLAN, plan_freq=2)
+    alone = [evaluate(planner, TOY, seed=7 + j, max_steps=4, progress=False) for j in range(3)]
+    assert score(checkpoint) == pytest.approx(sum(r.mean_return for r in alone) / 3)
+    assert score(checkpoint) == score(checkpoint)
+
+
+def test_ctrl_c_gives_no_score_of_fewer_episodes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = Checkpoint.load(save_model(tmp_path / "model"))
+    step, calls = ToyEnv.step, []
+
+    def counted(env: ToyEnv, action: np.ndarray) -> Any:
+        calls.append(action)
+        if len(calls) == stop_at:
+            raise KeyboardInterrupt
+        return step(env, action)
+
+    stop_at = 0
+    monkeypatch.setattr(ToyEnv, "step", counted)
+    EpisodeScore(TOY, 3, PLAN)(checkpoint)
+    stop_at, calls = len(calls), []  # in the last step of the longest episode
+    with pytest.raises(KeyboardInterrupt):
+        EpisodeScore(TOY, 3, PLAN)(checkpoint)
+    assert len(calls) == stop_at
+
+
+@pytest.mark.parametrize("name", ["episodes", "plan_freq", "max_steps", "seed"])
+def test_numbers_out_of_range_are_named(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}: expected an integer >="):
+        EpisodeScore(**{name: -1})
+
+
+def test_train_evaluates_and_says_where_the_best_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    options = ["--max-windows", "40", "--eval-every", "2", "--eval-episodes", "2"]
+    options += ["--eval-max-steps", "3", "--eval-horizon", "1", "--eval-beam-width", "2"]
+    run("train", DEMO, "--output-dir", folder, *SMALL, *options)
+    assert f"{folder / 'best'}: best score" in capsys.readouterr().out
+    with (folder / "scores.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == [2, 4, 5]
+    best = Checkpoint.load(folder / "best")
+    scores = {int(row["step"]): float(row["score"]) for row in rows}
+    assert scores[best.metadata["step"]] == max(scores.values())
+
+
+def test_patience_needs_evaluations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refuse(capsys, "train", DEMO, "--output-dir", tmp_path / "run", "--patience", "2")
+    assert "as patience is 2" in said

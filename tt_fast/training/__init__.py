@@ -1,0 +1,1 @@
+"""How a model is trained: the parts of `tt_fast.train`."""
