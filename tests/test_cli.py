@@ -343,7 +343,7 @@ def test_demo_passes_its_options_on(capsys, tmp_path, monkeypatch):
 
     monkeypatch.setattr("tt_fast.demo.run_demo", run_demo)
     run("demo", "--output-dir", tmp_path, "--minutes", 2, "--seed", 3, "--smoke", "--no-progress")
-    options = {"minutes": 2.0, "seed": 3, "smoke": True, "progress": False}
+    options = {"minutes": 2.0, "seed": 3, "smoke": True, "pretrained": False, "progress": False}
     assert calls == [(tmp_path, options)]
     assert capsys.readouterr().out == f"a line\nreport: {tmp_path / 'report.html'}\n"
 

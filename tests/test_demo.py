@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 from synthetic import random_record, small_result
+from tiny import weights_equal
 
 from tt_fast import Checkpoint, demo
-from tt_fast.config import TOKEN_KINDS, PlanConfig
-from tt_fast.demo import load_demo_dataset, run_demo
+from tt_fast.config import TOKEN_KINDS, ModelConfig, PlanConfig
+from tt_fast.data.windows import TokenWindows, build_transitions
+from tt_fast.demo import load_demo_dataset, load_pretrained, run_demo
+from tt_fast.encoding import encode_transitions
+from tt_fast.training.losses import evaluate_losses, marginal_losses
 from tt_fast.video import RenderError
 
 pytest.importorskip("mujoco")
@@ -64,7 +69,7 @@ def test_it_says_what_it_used(run: Run) -> None:
     assert "horizon 3, beam 2x2, made by the cpu backend" in said
     assert "the original's setting is horizon 15, beam 128x2" in said
     assert "2 of 2 episodes were stopped at 12 steps" in said
-    assert "They are what this short training earns." in said
+    assert "They are what this training earns." in said
     page = run.report.read_text(encoding="utf-8")
     assert f"tt-fast demo --output-dir {run.folder} --minutes 6 --seed 3 --smoke" in page
     assert f"tt-fast evaluate {run.folder / 'run'} --horizon 3 --beam-width 2" in page
@@ -74,6 +79,39 @@ def test_its_checkpoint_can_be_used_again(run: Run) -> None:
     checkpoint = Checkpoint.load(run.folder / "run")
     assert checkpoint.metadata["env_id"] == "Hopper-v4"
     assert checkpoint.discretizer is not None
+
+
+def test_the_model_that_comes_along_plans_at_once(tmp_path: Path) -> None:
+    said: list[str] = []
+    report = run_demo(tmp_path, pretrained=True, smoke=True, progress=False, say=said.append)
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert results["evaluation"]["lengths"] == [12, 12]
+    assert set(results["phases_seconds"]) == {
+        "loading", "first plan", "playing", "drawing the video",
+    }  # fmt: skip
+    assert any(text.startswith("The first plan was there after") for text in said)
+    assert "60 minutes of training on hopper_medium_replay, 129 million tokens" in said[0]
+    assert f"tt-fast demo --output-dir {tmp_path} --minutes 1 --seed 0 --smoke --pretrained" in (
+        report.read_text(encoding="utf-8")
+    )
+    kept = Checkpoint.load(tmp_path / "run")
+    assert weights_equal(kept.model, load_pretrained().model)
+
+
+def test_the_model_that_comes_along_has_learnt() -> None:
+    checkpoint, dataset = load_pretrained(), load_demo_dataset()
+    config = checkpoint.model.config
+    assert config == ModelConfig(11, 3)  # the original's sizes
+    assert checkpoint.discretizer is not None
+    transitions = build_transitions(dataset, discount=0.99, termination_penalty=-100.0)
+    tokens = encode_transitions(transitions, checkpoint.discretizer, config.vocab_size)
+    windows = TokenWindows(tokens, transitions.path_lengths, 10, 100, has_stop_row=True)
+    # episodes that it never saw
+    losses = evaluate_losses(checkpoint.model, windows, max_windows=64)
+    marginals = marginal_losses(windows, config)
+    assert all(losses[kind] < 0.95 * marginals[kind] for kind in TOKEN_KINDS), losses
+    folder = Path(str(files("tt_fast"))) / "assets" / "hopper-pretrained"
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 5_000_000
 
 
 def test_a_folder_with_something_in_it_is_refused(tmp_path: Path) -> None:

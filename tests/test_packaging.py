@@ -89,7 +89,8 @@ def test_every_module_and_data_file_is_inside(wheel: zipfile.ZipFile) -> None:
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "tt_fast").rglob("*.py")}
     kernels = {f"tt_fast/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
     assert "tt_fast/kernels/segment.py" in kernels
-    assets = {path.relative_to(ROOT).as_posix() for path in (ROOT / "tt_fast/assets").iterdir()}
+    files = (path for path in (ROOT / "tt_fast/assets").rglob("*") if path.is_file())
+    assets = {path.relative_to(ROOT).as_posix() for path in files}
     assert any(asset.endswith(".hdf5") for asset in assets)
     assert modules | kernels | assets | {"tt_fast/py.typed"} <= names
 

@@ -1,6 +1,7 @@
 """The whole product in a few minutes: a small real dataset, training, planning in MuJoCo, a report.
 
-Nothing is prepared: the model is trained here and its returns are whatever they are.
+Nothing is prepared: the model is trained here and its returns are whatever they are. Or, for those
+in a hurry, the model that comes with the package plans at once.
 """
 
 from __future__ import annotations
@@ -30,9 +31,16 @@ from tt_fast.validate import require_int, require_number
 from tt_fast.video import RenderError, observation_names, render_episode
 
 DATASET = "assets/hopper-demo.hdf5"
+#: Trained for an hour on two cores; docs/results.md says how, and what it earns.
+PRETRAINED = "assets/hopper-pretrained"
+
+#: How long a demo takes if nothing is said: with training, and without.
+MINUTES, PRETRAINED_MINUTES = 6.0, 1.0
 
 #: Shares of the time for training and for playing; what is left is for loading and the report.
 _TRAINING_SHARE, _PLAYING_SHARE = 0.55, 0.25
+#: With nothing to train.
+_PRETRAINED_PLAYING_SHARE = 0.6
 #: The environment's own limit, steps.
 _LONGEST_EPISODE = 1000
 #: Decisions after which planning's speed is known well enough.
@@ -79,9 +87,10 @@ class _Log:
 def run_demo(
     output_dir: str | Path,
     *,
-    minutes: float = 6.0,
+    minutes: float | None = None,
     seed: int = 0,
     smoke: bool = False,
+    pretrained: bool = False,
     progress: bool = True,
     say: Say = lambda _: None,
 ) -> Path:
@@ -92,9 +101,11 @@ def run_demo(
 
     Args:
         output_dir: a new or empty folder.
-        minutes: all of it takes about so long, on any machine; more trains and plays longer.
+        minutes: all of it takes about so long, on any machine; more trains and plays longer. None:
+            `MINUTES`, or `PRETRAINED_MINUTES` where nothing is trained.
         seed: of weights, data order, plans and environments.
         smoke: a tiny model and a few steps, only to see that everything runs.
+        pretrained: train nothing, take the model that comes with the package.
         progress: show progress bars.
         say: called with a line of text now and then, such as `print`.
 
@@ -107,6 +118,8 @@ def run_demo(
         ValueError: numbers out of range.
         KeyboardInterrupt: Ctrl-C; the checkpoint so far is in run/.
     """
+    if minutes is None:
+        minutes = PRETRAINED_MINUTES if pretrained else MINUTES
     require_number("minutes", minutes, 1.0)
     require_int("seed", seed, 0)
     folder = _new_folder(Path(output_dir))
@@ -115,13 +128,19 @@ def run_demo(
         dataset = load_demo_dataset()
         make_env(str(dataset.env_id)).close()  # without MuJoCo, fail now and not after training
     settings = (_smoke_settings if smoke else _settings)(dataset, minutes, seed)
-    say(_describe_start(dataset, settings))
+    if pretrained:
+        settings = _without_training(settings, minutes)
+    else:
+        say(_describe_start(dataset, settings))
     run_folder = folder / "run"
     with _one_thread():
-        with log.phase("training"):
-            checkpoint = train(
-                dataset, settings.model, settings.train, run_folder, progress=progress
-            )
+        if pretrained:
+            checkpoint = _unpack_pretrained(dataset, settings, run_folder, log)
+        else:
+            with log.phase("training"):
+                checkpoint = train(
+                    dataset, settings.model, settings.train, run_folder, progress=progress
+                )
         with log.phase("playing"):
             result = _play(checkpoint, settings, seed, progress, log)
     with log.phase("drawing the video"):
@@ -130,13 +149,13 @@ def run_demo(
         dataset,
         checkpoint,
         result,
-        metrics_csv=run_folder / "metrics.csv",
+        metrics_csv=None if pretrained else run_folder / "metrics.csv",
         video=video,
         video_caption=caption,
         observation_names=observation_names(result.env_id),
         notes=log.notes,
         phases=log.seconds,
-        commands=_commands(folder, minutes, seed, smoke, result),
+        commands=_commands(folder, minutes, seed, smoke, pretrained, result),
     )
     return write_report(folder, report)
 
@@ -145,6 +164,12 @@ def load_demo_dataset() -> OfflineDataset:
     """The hopper episodes that come with the package."""
     with resources.as_file(resources.files("tt_fast").joinpath(DATASET)) as path:
         return load_dataset(path)
+
+
+def load_pretrained() -> Checkpoint:
+    """The hopper model that comes with the package."""
+    with resources.as_file(resources.files("tt_fast").joinpath(PRETRAINED)) as folder:
+        return Checkpoint.load(folder)
 
 
 def _new_folder(folder: Path) -> Path:
@@ -193,6 +218,37 @@ def _settings(dataset: OfflineDataset, minutes: float, seed: int) -> _Settings:
         playing_seconds=60.0 * _PLAYING_SHARE * minutes,
         max_steps=_LONGEST_EPISODE,
     )
+
+
+def _without_training(settings: _Settings, minutes: float) -> _Settings:
+    """All of the time is for playing, with plans that leave time for many steps."""
+    return replace(
+        settings,
+        episodes=2,
+        plan=replace(settings.plan, horizon=min(5, settings.plan.horizon), beam_width=32),
+        playing_seconds=60.0 * _PRETRAINED_PLAYING_SHARE * minutes,
+    )
+
+
+def _unpack_pretrained(
+    dataset: OfflineDataset, settings: _Settings, run_folder: Path, log: _Log
+) -> Checkpoint:
+    """The model that comes with the package, copied to the run folder; it shows its first plan."""
+    with log.phase("first plan"):
+        checkpoint = load_pretrained()
+        checkpoint.save(run_folder)
+        planner = Planner(checkpoint, settings.plan, seed=settings.train.seed)
+        env = make_env(str(checkpoint.metadata["env_id"]))
+        planner.act(env.reset(settings.train.seed))
+        env.close()
+    about = checkpoint.metadata
+    log.note(
+        f"The model comes with the package: {about['seconds'] / 60:.0f} minutes of training on "
+        f"{about['dataset']}, {about['tokens'] / 1e6:.0f} million tokens. The returns beside its "
+        f"own are those of {dataset.name}, of better policies than most of those data."
+    )
+    log.say(f"The first plan was there after {log.seconds['first plan']:.1f} s.")
+    return checkpoint
 
 
 def _smoke_settings(dataset: OfflineDataset, minutes: float, seed: int) -> _Settings:
@@ -262,7 +318,7 @@ def _note_returns(result: EvalResult, max_steps: int, log: _Log) -> None:
             f"time; the dataset's run for up to {_LONGEST_EPISODE}, so their returns can be higher."
         )
     returns = ", ".join(f"{value:.0f}" for value in result.returns)
-    log.note(f"Returns: {returns}. They are what this short training earns.")
+    log.note(f"Returns: {returns}. They are what this training earns.")
 
 
 def _film(result: EvalResult, path: Path, log: _Log) -> tuple[Path | None, str]:
@@ -278,12 +334,13 @@ def _film(result: EvalResult, path: Path, log: _Log) -> tuple[Path | None, str]:
 
 
 def _commands(
-    folder: Path, minutes: float, seed: int, smoke: bool, result: EvalResult
+    folder: Path, minutes: float, seed: int, smoke: bool, pretrained: bool, result: EvalResult
 ) -> list[str]:
     plan = result.plan_config
     settings = f"--horizon {plan.horizon} --beam-width {plan.beam_width} --n-expand {plan.n_expand}"
     context = f"--max-context-transitions {plan.max_context_transitions}"
-    short, output_dir = " --smoke" if smoke else "", quote(str(folder))
+    short = (" --smoke" if smoke else "") + (" --pretrained" if pretrained else "")
+    output_dir = quote(str(folder))
     return [
         "# all of it",
         f"tt-fast demo --output-dir {output_dir} --minutes {minutes:g} --seed {seed}{short}",
