@@ -46,6 +46,8 @@ inline bool IsBf16(const std::string& dtype) {
 
 // Kernels for tests and for measuring (bind_kernels.cpp).
 void BindKernels(py::module_& m);
+// Kernels of training (bind_training.cpp).
+void BindTraining(py::module_& m);
 
 }  // namespace tt
 

@@ -450,7 +450,7 @@ std::vector<int32_t> PyBeamSearch::RequireGoal(const py::object& goal) const {
 
 PYBIND11_MODULE(_core, m) {
   using namespace tt;
-  m.doc() = "The C++ planner. Private: use tt_fast.planning.";
+  m.doc() = "The C++ core. Private: use tt_fast.planning and tt_fast.training.";
   // plain classes, nothing to inherit from: an ordinary metaclass serves
   const py::metaclass type(reinterpret_cast<PyObject*>(&PyType_Type));
   py::class_<Model, std::shared_ptr<Model>>(m, "Model", type, py::is_final())
@@ -472,4 +472,5 @@ PYBIND11_MODULE(_core, m) {
       .def("reset_stats", &PyBeamSearch::ResetStats)
       .def_property_readonly("num_threads", &PyBeamSearch::num_threads);
   BindKernels(m);
+  BindTraining(m);
 }

@@ -56,6 +56,43 @@ struct AttendArgs {
   size_t out_stride;
 };
 
+// Most numbers of a head in training: with 249 tokens, such a head just fits the second cache.
+inline constexpr int kMaxTrainHeadDim = 128;
+// Query rows whose scores are held at once in training: a tile or two of every table. More would
+// compute more of the causal half that nobody sees.
+inline constexpr int kTrainRows = 12;
+// In `bias`: its exp is zero.
+inline constexpr float kHidden = -1e30f;
+
+// Attention of whole windows, for training. Numbers are float32 or bfloat16, arithmetic is float32.
+struct TrainAttendArgs {
+  int num_windows;
+  int len;        // tokens of a window
+  int num_heads;  // of head_dim numbers each, at most kMaxTrainHeadDim
+  int head_dim;
+  bool bf16;            // qkv, out, out_grad, qkv_grad
+  const void* qkv;      // (num_windows, len, 3, num_heads, head_dim)
+  const float* bias;    // (len, RoundUp(len, kPad)): 0 where a query sees a key, else kHidden
+  const int32_t* ends;  // (len) one past the last key that a query sees, at least 1
+  const uint8_t* keep;  // (num_windows, num_heads, len, len) 0 or 1; null: all 1
+  float keep_scale;     // of the weights that are kept
+  float scale;          // of scores, 1 / sqrt(head_dim)
+  float* scratch;       // TrainScratchSize(len, head_dim), aligned to a cache line
+  // (num_windows, num_heads, len, 2): a row's largest score, and one over the sum of its
+  // exponentials. Forward writes them, backward reads them.
+  float* stats;
+  void* out;             // forward: (num_windows, len, num_heads, head_dim)
+  const void* out_grad;  // backward: the same shape
+  void* qkv_grad;        // backward: the shape of qkv
+};
+
+// Numbers of scratch: 8 matrices of a head, 3 blocks of rows, 2 rows of bytes.
+constexpr size_t TrainScratchSize(int len, int head_dim) {
+  const size_t padded_len = RoundUp(len, kPad), padded_dim = RoundUp(head_dim, kHeadPad);
+  return 8 * padded_len * padded_dim + kTrainRows * (2 * (padded_len + kPad) + padded_dim) +
+         padded_len;
+}
+
 struct Ops {
   const char* name;
   int panel_width;
@@ -68,6 +105,8 @@ struct Ops {
   // x (n) in place, n a multiple of kPad: exact GELU, x Phi(x).
   void (*gelu)(float* x, size_t n);
   void (*attend)(const AttendArgs& args);
+  void (*train_forward)(const TrainAttendArgs& args);
+  void (*train_backward)(const TrainAttendArgs& args);
   // probs (padded) of logits (n); x may be probs. Room for RoundUp(n, kPad) in both.
   void (*softmax)(const float* x, int n, float* probs);
   // Rate of a loop of multiply-adds in registers: floating point operations it did.

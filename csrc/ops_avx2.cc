@@ -17,6 +17,14 @@ struct Vec {
   explicit Vec(__m256 x) : v(x) {}
   static Vec Load(const float* p) { return Vec(_mm256_loadu_ps(p)); }
   static Vec Broadcast(const float* p) { return Vec(_mm256_broadcast_ss(p)); }
+  static Vec LoadBf16(const uint16_t* p) {
+    const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return Vec(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16)));
+  }
+  static Vec FromBytes(const uint8_t* p) {
+    const __m128i x = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    return Vec(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(x)));
+  }
   static Pairs LoadPairs(const uint16_t* p) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   }
@@ -37,6 +45,16 @@ inline Vec Max(Vec a, Vec b) { return Vec(_mm256_max_ps(a.v, b.v)); }
 inline Vec Min(Vec a, Vec b) { return Vec(_mm256_min_ps(a.v, b.v)); }
 inline Vec Round(Vec a) { return Vec(_mm256_round_ps(a.v, 8)); }
 inline void Keep(Vec& a) { asm volatile("" : "+x"(a.v)); }
+
+// a[0], b[0], a[1], b[1] and so on, of their lower and upper halves.
+inline Vec ZipLower(Vec a, Vec b) {
+  return Vec(
+      _mm256_permute2f128_ps(_mm256_unpacklo_ps(a.v, b.v), _mm256_unpackhi_ps(a.v, b.v), 0x20));
+}
+inline Vec ZipUpper(Vec a, Vec b) {
+  return Vec(
+      _mm256_permute2f128_ps(_mm256_unpacklo_ps(a.v, b.v), _mm256_unpackhi_ps(a.v, b.v), 0x31));
+}
 
 // Below the smallest normal number the result is zero.
 inline Vec ScaleByPowerOf2(Vec a, Vec n) {

@@ -14,6 +14,14 @@ struct Vec {
   explicit Vec(__m512 x) : v(x) {}
   static Vec Load(const float* p) { return Vec(_mm512_loadu_ps(p)); }
   static Vec Broadcast(const float* p) { return Vec(_mm512_set1_ps(*p)); }
+  static Vec LoadBf16(const uint16_t* p) {
+    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return Vec(_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)));
+  }
+  static Vec FromBytes(const uint8_t* p) {
+    const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return Vec(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(x)));
+  }
   static Pairs LoadPairs(const uint16_t* p) { return _mm512_loadu_si512(p); }
   static Pairs BroadcastPair(const uint16_t* p) {
     int32_t pair;
@@ -35,6 +43,17 @@ inline Vec ScaleByPowerOf2(Vec a, Vec n) { return Vec(_mm512_scalef_ps(a.v, n.v)
 inline float Sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 inline float MaxLane(Vec a) { return _mm512_reduce_max_ps(a.v); }
 inline void Keep(Vec& a) { asm volatile("" : "+v"(a.v)); }
+
+// a[0], b[0], a[1], b[1] and so on, of their lower and upper halves.
+inline Vec ZipLower(Vec a, Vec b) {
+  const __m512i from = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  return Vec(_mm512_permutex2var_ps(a.v, from, b.v));
+}
+inline Vec ZipUpper(Vec a, Vec b) {
+  const __m512i from =
+      _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  return Vec(_mm512_permutex2var_ps(a.v, from, b.v));
+}
 
 // Both sum two vectors, halving each: a blend and one shuffle instead of two shuffles, of which the
 // processor does fewer at a time. The lower 256 bits are of a, the upper of b:

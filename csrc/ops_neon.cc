@@ -17,6 +17,15 @@ struct Vec {
   explicit Vec(float32x4_t x) : v(x) {}
   static Vec Load(const float* p) { return Vec(vld1q_f32(p)); }
   static Vec Broadcast(const float* p) { return Vec(vld1q_dup_f32(p)); }
+  static Vec LoadBf16(const uint16_t* p) {
+    return Vec(vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)));
+  }
+  static Vec FromBytes(const uint8_t* p) {
+    uint32_t bytes;
+    __builtin_memcpy(&bytes, p, sizeof(bytes));
+    const uint16x8_t x = vmovl_u8(vcreate_u8(bytes));
+    return Vec(vcvtq_f32_u32(vmovl_u16(vget_low_u16(x))));
+  }
   static Pairs LoadPairs(const uint16_t* p) { return vreinterpretq_u32_u16(vld1q_u16(p)); }
   static Pairs BroadcastPair(const uint16_t* p) {
     uint32_t pair;
@@ -37,6 +46,10 @@ inline Vec Round(Vec a) { return Vec(vrndnq_f32(a.v)); }
 inline float Sum(Vec a) { return vaddvq_f32(a.v); }
 inline float MaxLane(Vec a) { return vmaxvq_f32(a.v); }
 inline void Keep(Vec& a) { asm volatile("" : "+w"(a.v)); }
+
+// a[0], b[0], a[1], b[1] and so on, of their lower and upper halves.
+inline Vec ZipLower(Vec a, Vec b) { return Vec(vzip1q_f32(a.v, b.v)); }
+inline Vec ZipUpper(Vec a, Vec b) { return Vec(vzip2q_f32(a.v, b.v)); }
 
 // Below the smallest normal number the result is zero.
 inline Vec ScaleByPowerOf2(Vec a, Vec n) {

@@ -1,27 +1,14 @@
 // The oracle of the other tables: the definitions as plain loops, for any machine.
 #include <cmath>
-#include <cstring>
 
+#include "bfloat16.h"
 #include "ops.h"
+#include "scalar_train_attend.h"
 
 namespace tt {
 namespace {
 
 constexpr int kPanel = 16;
-
-float FromBf16(uint16_t x) {
-  const uint32_t bits = static_cast<uint32_t>(x) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
-// Round to nearest, ties to even.
-uint16_t ToBf16(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof(bits));
-  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
 
 float Weight(const MatrixView& w, int i, int col) {
   const size_t panel = static_cast<size_t>(col) / kPanel;
@@ -102,7 +89,8 @@ double PeakLoop(int64_t iterations, bool) {
   return static_cast<double>(iterations) * 16.0;
 }
 
-constexpr Ops kOps = {"scalar", kPanel, Gemm, LayerNorm, Gelu, Attend, Softmax, PeakLoop};
+constexpr Ops kOps = {"scalar", kPanel,       Gemm,          LayerNorm, Gelu,
+                      Attend,   TrainForward, TrainBackward, Softmax,   PeakLoop};
 
 }  // namespace
 

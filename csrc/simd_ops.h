@@ -107,6 +107,7 @@ void Softmax(const float* x, int n, float* probs) {
 
 }  // namespace
 #include "simd_attend.h"
+#include "simd_train_attend.h"
 
 namespace {
 
@@ -226,6 +227,7 @@ double PeakLoop(int64_t iterations, bool bf16) {
   return static_cast<double>(iterations) * kTileRows * kTileVecs * kWidth * (bf16 ? 4 : 2);
 }
 
-constexpr Ops kSimdOps = {kName, kPanel, Gemm, LayerNorm, GeluRow, Attend, Softmax, PeakLoop};
+constexpr Ops kSimdOps = {kName,  kPanel,       Gemm,          LayerNorm, GeluRow,
+                          Attend, TrainForward, TrainBackward, Softmax,   PeakLoop};
 
 }  // namespace

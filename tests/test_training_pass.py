@@ -44,9 +44,10 @@ def gradients(model: TrajectoryTransformer, losses: Tensor, mask: Tensor) -> dic
 
 
 def assert_as_exact(fast: Tensor, plain: Tensor, truth: Tensor) -> None:
-    """At most twice the error of plain PyTorch in the same type, against float64."""
+    """At most twice the error of plain PyTorch in the same type, against float64, and a few
+    roundings of the largest number, as some of plain PyTorch's errors are small by chance."""
     error, allowed = ((x.detach().double() - truth).abs().max() for x in (fast, plain))
-    tiny = 2.0 * torch.finfo(torch.float32).eps * float(truth.abs().max())
+    tiny = 4.0 * torch.finfo(torch.float32).eps * float(truth.abs().max())
     assert float(error) <= 2.0 * float(allowed) + tiny
 
 

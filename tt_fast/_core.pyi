@@ -1,4 +1,4 @@
-"""The C++ planner of csrc/. Private: use `tt_fast.planning`."""
+"""The C++ core of csrc/. Private: use `tt_fast.planning` and `tt_fast.training`."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, final
@@ -97,4 +97,24 @@ def attend(
     hidden: int,
     isa: str,
 ) -> NDArray[np.float32]: ...
+
+MAX_TRAIN_LEN: int
+MAX_TRAIN_HEAD_DIM: int
+
+def train_attention(
+    qkv: NDArray[np.float32] | NDArray[np.int16],
+    hidden: NDArray[np.bool_] | NDArray[np.uint8],
+    keep: NDArray[np.uint8] | None,
+    keep_scale: float,
+    isa: str,
+) -> tuple[NDArray[Any], NDArray[np.float32]]: ...
+def train_attention_grad(
+    qkv: NDArray[np.float32] | NDArray[np.int16],
+    hidden: NDArray[np.bool_] | NDArray[np.uint8],
+    keep: NDArray[np.uint8] | None,
+    keep_scale: float,
+    stats: NDArray[np.float32],
+    out_grad: NDArray[np.float32] | NDArray[np.int16],
+    isa: str,
+) -> NDArray[Any]: ...
 def peak_gflops(dtype: str, num_threads: int, seconds: float, isa: str) -> float: ...

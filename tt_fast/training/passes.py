@@ -8,8 +8,10 @@ profile asked for:
 - dropout masks come from a generator ten times as fast as torch's on a processor (six times with
   the comparison that makes a mask), and are kept as bytes; they are addressed by
   (seed, step, pass), so resuming needs no state of it;
-- attention is one autograd node, which keeps probabilities and mask and nothing else, and float32
-  matrix products go to oneDNN, twice as fast as torch's default where that is MKL on an AMD.
+- attention is one autograd node, in C++ where the core was built: a head at a time in its caches,
+  without scores that the mask hides, and no weights kept for the gradient;
+- float32 matrix products go to oneDNN, twice as fast as torch's default where that is MKL on an
+  AMD.
 """
 
 from __future__ import annotations
@@ -23,10 +25,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tt_fast.model import Block, TrajectoryTransformer, model_over
+
+try:
+    import tt_fast._core as _core
+except ImportError:
+    _core = None  # type: ignore[assignment]
 
 #: Tokens of one pass, about: near the fastest of 4 to 32 windows with the official models.
 CPU_PASS_TOKENS = 2048
@@ -206,16 +214,14 @@ def pass_losses(
 
 def _block(block: Block, x: Tensor, hidden: Tensor, masks: DropoutMasks | None) -> Tensor:
     """(B, T, E) -> (B, T, E); `hidden` (T, T) is True where a query must not see a key."""
-    attn, width = block.attn, x.shape[-1]
+    attn = block.attn
     weight = torch.cat([attn.query.weight, attn.key.weight, attn.value.weight])
     bias = torch.cat([attn.query.bias, attn.key.bias, attn.value.bias])
     qkv = linear(block.ln1(x), weight, bias).unflatten(2, (3, attn.num_heads, -1))
-    query, key, value = qkv.permute(2, 0, 3, 1, 4).flatten(1, 2).contiguous()  # (B * H, T, d) each
     keep = None
     if masks is not None and attn.dropout > 0.0:
-        keep = masks.keep((len(query), *hidden.shape), attn.dropout)
-    y = attention(query, key, value, hidden, keep, attn.dropout)
-    y = y.unflatten(0, (len(x), attn.num_heads)).transpose(1, 2).reshape(*x.shape[:2], width)
+        keep = masks.keep((len(x) * attn.num_heads, *hidden.shape), attn.dropout)
+    y = self_attention(qkv, hidden, keep, attn.dropout).flatten(2)
     drop = float(attn.resid_drop.p)
     x = x + _dropout(linear(y, attn.proj.weight, attn.proj.bias), masks, drop)
     up, down = block.mlp[0], block.mlp[2]
@@ -258,6 +264,69 @@ def _scale(probability: float) -> float:
 
 
 # ---- attention ----
+
+
+def self_attention(qkv: Tensor, hidden: Tensor, keep: Tensor | None, probability: float) -> Tensor:
+    """`attention` of all heads of some windows, in C++ where that serves.
+
+    Args:
+        qkv: (B, T, 3, H, d) queries, keys and values.
+        hidden, keep, probability: as `attention` takes them, N = B * H. In C++ every query must see
+            a key.
+
+    Returns:
+        (B, T, H, d).
+    """
+    if _core_serves(qkv):
+        y: Tensor = _CoreAttention.apply(qkv, hidden, keep, probability)  # type: ignore[no-untyped-call]
+        return y
+    query, key, value = qkv.permute(2, 0, 3, 1, 4).flatten(1, 2).contiguous()
+    y = attention(query, key, value, hidden, keep, probability)
+    return y.reshape(len(qkv), qkv.shape[3], *y.shape[1:]).transpose(1, 2)
+
+
+def _core_serves(qkv: Tensor) -> bool:
+    return (
+        _core is not None
+        and qkv.dtype in (torch.float32, torch.bfloat16)
+        and qkv.numel() > 0
+        and qkv.shape[1] <= _core.MAX_TRAIN_LEN
+        and qkv.shape[4] <= _core.MAX_TRAIN_HEAD_DIM
+    )
+
+
+class _CoreAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: Tensor, hidden: Tensor, keep: Tensor | None, probability: float
+    ) -> Tensor:
+        ctx.keep_scale = _scale(probability) if keep is not None else 1.0
+        kept = None if keep is None else _array(keep)
+        y, stats = _core.train_attention(_array(qkv), _array(hidden), kept, ctx.keep_scale, "auto")
+        ctx.save_for_backward(qkv, hidden, keep, torch.from_numpy(stats))
+        return _tensor(y, qkv.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None, None]:
+        qkv, hidden, keep, stats = ctx.saved_tensors
+        kept = None if keep is None else _array(keep)
+        dqkv = _core.train_attention_grad(
+            _array(qkv), _array(hidden), kept, ctx.keep_scale, stats.numpy(), _array(gradients[0]),
+            "auto",
+        )  # fmt: skip
+        return _tensor(dqkv, qkv.dtype), None, None, None
+
+
+def _array(x: Tensor) -> NDArray[Any]:
+    """Its memory, copied only if it is not contiguous; the bits of bfloat16 as int16."""
+    x = x.detach().contiguous()
+    array: NDArray[Any] = (x.view(torch.int16) if x.dtype == torch.bfloat16 else x).numpy()
+    return array
+
+
+def _tensor(array: NDArray[Any], dtype: torch.dtype) -> Tensor:
+    tensor: Tensor = torch.from_numpy(array).view(dtype)
+    return tensor
 
 
 def attention(
