@@ -23,21 +23,21 @@ from tt_fast.training.workers import Workers, join_workers
 OPTIONS = [*SMALL, "--pass-windows", "2", "--checkpoint-steps", "4", "--log-steps", "2"]
 STEPS, BATCH = 12, 8
 
-# kills the process of rank 1 in the middle of a step
-_DEADLY = """
+# sends a signal to the process of rank 1, by itself, in the middle of a step
+_SIGNALLED = """
 import os, signal, sys
 import torch
 from tt_fast.cli import main
 
 clip, calls = torch.nn.utils.clip_grad_norm_, iter(range(1, 10**9))
 
-def deadly(*args, **kwargs):
+def signalled(*args, **kwargs):
     if os.environ["RANK"] == "1" and next(calls) == 7:
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), int(sys.argv[1]))
     return clip(*args, **kwargs)
 
-torch.nn.utils.clip_grad_norm_ = deadly
-sys.exit(main(sys.argv[1:]))
+torch.nn.utils.clip_grad_norm_ = signalled
+sys.exit(main(sys.argv[2:]))
 """
 
 
@@ -68,6 +68,13 @@ def alone(words: Sequence[str]) -> None:
         run(*words)
     finally:
         torch.set_num_threads(before)
+
+
+def signalled(folder: Path, number: signal.Signals, run_folder: Path) -> list[str]:
+    """Words of a job whose process of rank 1 gets a signal in its seventh step."""
+    script = folder / "signalled.py"
+    script.write_text(_SIGNALLED)
+    return [str(script), str(number.value), *train_words(run_folder)]
 
 
 @pytest.fixture(scope="module")
@@ -112,16 +119,26 @@ def test_a_job_of_another_size_resumes(tmp_path: Path, whole: Path) -> None:
 
 
 def test_a_killed_process_ends_the_job_which_resumes(tmp_path: Path, whole: Path) -> None:
-    script = tmp_path / "deadly.py"
-    script.write_text(_DEADLY)
     folder = tmp_path / "run"
-    done = torchrun([str(script), *train_words(folder)])
+    done = torchrun(signalled(tmp_path, signal.SIGKILL, folder))
     assert done.returncode != 0
     assert re.search(r"worker 0 of 2: another one has ended: .* resume from it", done.stderr)
     assert f"Signal {signal.SIGKILL.value} (SIGKILL)" in done.stderr  # torchrun names the culprit
     newest = newest_checkpoint(folder)
     assert newest is not None
     assert Checkpoint.load(newest).metadata["step"] == 4
+    alone([*train_words(folder), "--resume"])
+    assert_same_run(folder, whole)
+
+
+def test_one_that_is_told_to_end_stops_all_after_the_step(tmp_path: Path, whole: Path) -> None:
+    folder = tmp_path / "run"
+    done = torchrun(signalled(tmp_path, signal.SIGTERM, folder))
+    assert done.returncode != 0
+    assert "tt-fast: interrupted: the newest checkpoint is" in done.stderr
+    newest = newest_checkpoint(folder)
+    assert newest is not None
+    assert Checkpoint.load(newest).metadata["step"] == 7
     alone([*train_words(folder), "--resume"])
     assert_same_run(folder, whole)
 

@@ -167,6 +167,7 @@ class _Trainer:
         self.budget = Budget(config, len(windows), windows.window_len)
         self.identity = RunIdentity(model_config, config, _digest(windows, discretizer))
         self.at = Position()
+        self.stopping = False  # an interrupt that all workers know of
         self._order, self._order_epoch = torch.empty(0, dtype=torch.int64), -1
         self.marginal_losses = marginal_losses(windows, model_config)
         self.windows = windows.to(device)  # after what counts their tokens here
@@ -193,7 +194,7 @@ class _Trainer:
         try:
             with deferred_interrupt() as interrupt:
                 self._run_steps(output_dir, log, bar, evaluator, interrupt)
-            if interrupt.happened:
+            if self.stopping or interrupt.happened:
                 raise KeyboardInterrupt
         finally:
             bar.close()
@@ -212,22 +213,21 @@ class _Trainer:
         saved_step, saved_at = self.at.step, time.monotonic()
         clock, row_seconds, row_tokens = time.monotonic(), self.at.seconds, self.at.tokens
         self._evaluate_if_due(evaluator, output_dir, log, interrupt)  # one that was cut short
-        while self.fraction < 1.0 and not interrupt.happened:
+        while self.fraction < 1.0 and not self.stopping:
             self._step()
             now = time.monotonic()
-            self._agree(now - clock, interrupt)
+            minutes = self._agree(now - clock, now - saved_at, interrupt) / 60.0
             if self.at.sum_steps == self.config.log_steps or self.fraction >= 1.0:
                 elapsed = self.at.seconds - row_seconds
                 self._log(log, bar, (self.at.tokens - row_tokens) / max(elapsed, 1e-9))
                 row_seconds, row_tokens = self.at.seconds, self.at.tokens
             self._evaluate_if_due(evaluator, output_dir, log, interrupt)
-            minutes = self.workers.agree((now - saved_at) / 60.0)
             due = self.at.step % self.config.checkpoint_steps == 0
             if (due or minutes >= self.config.checkpoint_minutes) and self.fraction < 1.0:
                 self._save(output_dir)
                 saved_step, saved_at = self.at.step, time.monotonic()
             clock = time.monotonic()
-        if not interrupt.happened and not self.eval_losses:
+        if not self.stopping and not self.eval_losses:
             self.eval_losses = evaluate_losses(self.published, self.windows)
         if self.at.step > saved_step:
             self._save(output_dir)
@@ -259,14 +259,22 @@ class _Trainer:
         self.eval_losses = {}
         self._account(result, len(window_ids))
 
-    def _agree(self, seconds: float, interrupt: Interrupt) -> None:
-        """Count a step's seconds, and stop where one worker was told to: all alike."""
-        if self.workers.count > 1:
-            seconds = self.workers.agree(seconds)
-            happened = torch.tensor([float(interrupt.happened)], device=self.windows.device)
-            self.workers.sum(happened)
-            interrupt.happened = bool(happened.item())
+    def _agree(self, seconds: float, unsaved: float, interrupt: Interrupt) -> float:
+        """All workers go by the first one's clock, and stop if one of them is told to.
+
+        Args:
+            seconds: that the step took.
+            unsaved: seconds since the last checkpoint.
+            interrupt: of this worker.
+
+        Returns:
+            The first one's `unsaved`.
+        """
+        clock = (seconds, unsaved) if self.workers.is_first else (0.0, 0.0)
+        seconds, unsaved, interrupts = self.workers.total(*clock, interrupt.happened)
         self.at.seconds += seconds
+        self.stopping = interrupts > 0
+        return unsaved
 
     def _next_window_ids(self) -> Tensor:
         """(batch,) ids; every epoch visits all windows once, in an order of its own."""
@@ -359,7 +367,7 @@ class _Trainer:
                 require_number("evaluator's score", score)
         score = self.workers.agree(score)
         if math.isnan(score):  # Ctrl-C: the evaluation comes again after resuming
-            interrupt.happened = True
+            self.stopping = True
             return
         at.eval_step = at.step
         is_best = at.best_score is None or score > at.best_score

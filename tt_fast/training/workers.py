@@ -55,16 +55,25 @@ class Workers:
                 "the newest checkpoint stands, resume from it"
             ) from error
 
+    def total(self, *values: float) -> list[float]:
+        """Each value summed over all workers.
+
+        Raises:
+            WorkerLostError: one of them has ended.
+        """
+        if self.count == 1:
+            return list(values)
+        totals = torch.tensor(values, dtype=torch.float64, device=_collective_device())
+        self.sum(totals)
+        return totals.tolist()
+
     def agree(self, value: float) -> float:
         """The first one's value, for all.
 
         Raises:
             WorkerLostError: one of them has ended.
         """
-        shared = torch.tensor([value if self.is_first else 0.0], dtype=torch.float64)
-        shared = shared.to(_collective_device())
-        self.sum(shared)
-        return shared.item()
+        return self.total(value if self.is_first else 0.0)[0]
 
     def wait(self) -> None:
         """Until all have come here.
@@ -120,5 +129,5 @@ def _take_gpu(device: str) -> None:
 
 def _collective_device() -> torch.device:
     """Where the group's small tensors must lie."""
-    on_gpu = dist.is_available() and dist.is_initialized() and dist.get_backend() == "nccl"
+    on_gpu = dist.get_backend() == "nccl"
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
