@@ -93,6 +93,57 @@ constexpr size_t TrainScratchSize(int len, int head_dim) {
          padded_len;
 }
 
+// x Phi(x), or out_grad times its derivative. Arrays have `size` numbers.
+struct TrainGeluArgs {
+  size_t size;
+  bool bf16;
+  const void* x;
+  const void* out_grad;  // null: forward
+  void* out;
+};
+
+// A residual branch with dropout, and the LayerNorm behind it:
+// sum = x + y * keep * keep_scale, normed = (sum - mean) / deviation * gamma + beta.
+// Arrays are (num_rows, width) where no shape is given.
+struct TrainNormArgs {
+  size_t num_rows;
+  int width;
+  bool bf16;  // y, normed and their gradients; all others are float32
+  const float* x;
+  const void* y;
+  const uint8_t* keep;  // 0 or 1; null: all 1
+  float keep_scale;
+  const float* gamma;  // (width)
+  const float* beta;   // (width)
+  float eps;           // added to the variance
+  // Forward writes these, backward reads the first two.
+  float* sum;
+  float* stats;  // (num_rows, 2): mean, and one over the deviation
+  void* normed;
+  // Backward.
+  const float* sum_grad;
+  const void* normed_grad;
+  float* x_grad;
+  void* y_grad;
+  float* gamma_grad;  // (width)
+  float* beta_grad;   // (width)
+  float* scratch;     // (2, RoundUp(width, kPad))
+};
+
+// Generators that run side by side to draw a mask, and the numbers that each step of them decides.
+inline constexpr int kKeepLanes = 16;
+inline constexpr int kKeepStep = 4 * kKeepLanes;
+
+// A mask: number i is bits 16 (i % 4) and up of word i / 4, and words go through the lanes step by
+// step. What the last step draws beyond `size` is lost.
+struct KeepArgs {
+  size_t size;
+  uint64_t* state;      // (3, kKeepLanes): a, b, c of SFC64; moved on
+  uint64_t first_step;  // SFC64's counter, that of all lanes
+  int16_t first_kept;   // 16 bits, signed, below this are dropped
+  uint8_t* keep;        // (size) 0 or 1
+};
+
 struct Ops {
   const char* name;
   int panel_width;
@@ -107,6 +158,10 @@ struct Ops {
   void (*attend)(const AttendArgs& args);
   void (*train_forward)(const TrainAttendArgs& args);
   void (*train_backward)(const TrainAttendArgs& args);
+  void (*train_gelu)(const TrainGeluArgs& args);
+  void (*train_norm)(const TrainNormArgs& args);
+  void (*train_norm_grad)(const TrainNormArgs& args);
+  void (*draw_keep)(const KeepArgs& args);
   // probs (padded) of logits (n); x may be probs. Room for RoundUp(n, kPad) in both.
   void (*softmax)(const float* x, int n, float* probs);
   // Rate of a loop of multiply-adds in registers: floating point operations it did.

@@ -4,6 +4,7 @@
 #include "bfloat16.h"
 #include "ops.h"
 #include "scalar_train_attend.h"
+#include "scalar_train_rows.h"
 
 namespace tt {
 namespace {
@@ -89,8 +90,9 @@ double PeakLoop(int64_t iterations, bool) {
   return static_cast<double>(iterations) * 16.0;
 }
 
-constexpr Ops kOps = {"scalar", kPanel,       Gemm,          LayerNorm, Gelu,
-                      Attend,   TrainForward, TrainBackward, Softmax,   PeakLoop};
+constexpr Ops kOps = {"scalar",      kPanel,       Gemm,          LayerNorm, Gelu,
+                      Attend,        TrainForward, TrainBackward, TrainGelu, TrainNorm,
+                      TrainNormGrad, DrawKeep,     Softmax,       PeakLoop};
 
 }  // namespace
 

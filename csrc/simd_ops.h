@@ -39,9 +39,9 @@ inline Vec Exp(Vec x) {
   return ScaleByPowerOf2(p, n);
 }
 
-// x Phi(x): Phi(x) = 1/2 + x P(x^2) / Q(x^2), a minimax fit on [-5.2, 5.2] with absolute error
-// 1.3e-7 in float32; further out Phi is 0 or 1 to that precision.
-inline Vec Gelu(Vec x) {
+// Phi(x) = 1/2 + x P(x^2) / Q(x^2), a minimax fit on [-5.2, 5.2] with absolute error 1.3e-7 in
+// float32; further out Phi is 0 or 1 to that precision.
+inline Vec NormalCdf(Vec x) {
   const Vec c = Min(Max(x, Vec(-5.2f)), Vec(5.2f));
   const Vec t = c * c;
   Vec p(2.4731127368227135e-08f);
@@ -56,8 +56,10 @@ inline Vec Gelu(Vec x) {
   q = Fma(q, t, Vec(0.027926700189709663f));
   q = Fma(q, t, Vec(0.24824348092079163f));
   q = Fma(q, t, Vec(1.0f));
-  return x * (Vec(0.5f) + Max(c * p / q, Vec(-0.5f)));
+  return Vec(0.5f) + Max(c * p / q, Vec(-0.5f));
 }
+
+inline Vec Gelu(Vec x) { return x * NormalCdf(x); }
 
 void GeluRow(float* x, size_t n) {
   for (size_t i = 0; i < n; i += kWidth) Gelu(Vec::Load(x + i)).Store(x + i);
@@ -108,6 +110,7 @@ void Softmax(const float* x, int n, float* probs) {
 }  // namespace
 #include "simd_attend.h"
 #include "simd_train_attend.h"
+#include "simd_train_rows.h"
 
 namespace {
 
@@ -227,7 +230,8 @@ double PeakLoop(int64_t iterations, bool bf16) {
   return static_cast<double>(iterations) * kTileRows * kTileVecs * kWidth * (bf16 ? 4 : 2);
 }
 
-constexpr Ops kSimdOps = {kName,  kPanel,       Gemm,          LayerNorm, GeluRow,
-                          Attend, TrainForward, TrainBackward, Softmax,   PeakLoop};
+constexpr Ops kSimdOps = {kName,         kPanel,       Gemm,          LayerNorm, GeluRow,
+                          Attend,        TrainForward, TrainBackward, TrainGelu, TrainNorm,
+                          TrainNormGrad, DrawKeep,     Softmax,       PeakLoop};
 
 }  // namespace

@@ -155,6 +155,7 @@ def test_model_config_refuses(field: str, value: Any, message: str) -> None:
         ("compile", "yes", "expected one of False, True, got 'yes'"),
         ("eval_every", 0, AT_LEAST_1),
         ("patience", 0, AT_LEAST_1),
+        ("patience", 2, "expected None, as eval_every is None, got 2"),
         ("token_storage", "disk", "expected one of 'auto', 'memory', 'file', got 'disk'"),
     ],
 )

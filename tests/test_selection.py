@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from command_line import DEMO, SMALL, TOY, refuse, run, save_model
+from command_line import DEMO, SMALL, TOY, refuse, run, save_model, usage_error
+from tiny import tiny_dataset, tiny_model_config, tiny_train_config
 from toy_env import ToyEnv
 
+from tt_fast import train
 from tt_fast.checkpoint import Checkpoint
 from tt_fast.config import PlanConfig
 from tt_fast.evaluate import evaluate
@@ -56,6 +58,22 @@ def test_numbers_out_of_range_are_named(name: str) -> None:
         EpisodeScore(**{name: -1})
 
 
+def test_plans_are_not_held_longer_than_they_are() -> None:
+    with pytest.raises(ValueError, match="plan_freq: expected an integer >= 1 and <= 2, got 3"):
+        EpisodeScore(plan=PLAN, plan_freq=3)
+
+
+def test_what_cannot_be_played_shows_before_training(tmp_path: Path) -> None:
+    dataset = tiny_dataset()  # of an environment that there is not
+    config = tiny_train_config(eval_every=1, max_windows=8)
+    with pytest.raises(ValueError, match="Tiny-v0"):
+        train(dataset, tiny_model_config(), config, tmp_path / "run", evaluator=EpisodeScore())
+    score = EpisodeScore(TOY, plan=PlanConfig(k_act=1000))
+    with pytest.raises(ValueError, match="k_act"):
+        train(dataset, tiny_model_config(), config, tmp_path / "run", evaluator=score)
+    assert not (tmp_path / "run").exists()
+
+
 def test_train_evaluates_and_says_where_the_best_is(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -73,5 +91,7 @@ def test_train_evaluates_and_says_where_the_best_is(
 
 
 def test_patience_needs_evaluations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    said = refuse(capsys, "train", DEMO, "--output-dir", tmp_path / "run", "--patience", "2")
-    assert "as patience is 2" in said
+    said = usage_error(capsys, "train", DEMO, "--output-dir", tmp_path / "run", "--patience", "2")
+    assert "patience: expected None, as eval_every is None, got 2" in said
+    said = refuse(capsys, "train", DEMO, "--output-dir", tmp_path / "run", "--eval-episodes", "2")
+    assert said.startswith("eval_every: expected a number of steps, as there are other options")

@@ -17,11 +17,13 @@ from tiny import NUM_BINS, tiny_dataset, tiny_model_config, tiny_train_config, w
 from tt_fast import Checkpoint, train
 from tt_fast.checkpoint import newest_checkpoint
 from tt_fast.config import TOKEN_KINDS, ModelConfig
+from tt_fast.data import OfflineDataset
 from tt_fast.encoding import tokenize
-from tt_fast.train import Evaluator, pick_device
+from tt_fast.train import pick_device
 from tt_fast.training.log import COLUMNS, read_metrics
 from tt_fast.training.losses import marginal_losses
 from tt_fast.training.optimizer import build_optimizer
+from tt_fast.training.trainer import Evaluator
 
 
 def _columns(path: Path) -> list[tuple[float, ...]]:
@@ -370,10 +372,67 @@ def test_ctrl_c_in_an_evaluation_ends_it_at_once_and_it_comes_again(tmp_path: Pa
 def test_kill_9_between_two_renames_of_the_best(tmp_path: Path) -> None:
     _run(tmp_path, 4, eval_every=4, evaluator=_Scores(1.0))
     (tmp_path / "best").rename(tmp_path / ".best.old")
-    (tmp_path / ".best.new").mkdir()
+    for name in (".best.new", "..best.new.abc", ".metrics.csv.abc", ".scores.csv.abc"):
+        (tmp_path / name).mkdir()
     _run(tmp_path, 8, eval_every=4, evaluator=_Scores(0.5), resume=True)
     assert Checkpoint.load(tmp_path / "best").metadata["step"] == 4
-    assert not list(tmp_path.glob(".best*"))
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_kill_9_between_two_renames_of_a_checkpoint(tmp_path: Path) -> None:
+    whole = _run(tmp_path, 4)
+    newest = tmp_path / "checkpoints" / "step_00000004"
+    newest.rename(newest.with_name(".step_00000004.old"))
+    (newest.parent / "..step_00000004.new.abc").mkdir()
+    again = _run(tmp_path, 4, resume=True)
+    assert weights_equal(again.model, whole.model)
+    assert [path.name for path in newest.parent.iterdir()] == [newest.name]
+
+
+def test_a_signal_before_an_evaluation_saves_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        _press_ctrl_c_in_step(4, patch)
+        _run(tmp_path, 8, eval_every=4, evaluator=_Scores())  # it has none: not to be asked
+    assert Checkpoint.load(tmp_path).metadata["step"] == 4
+    _run(tmp_path, 8, eval_every=4, evaluator=_Scores(1.0, 2.0), resume=True)
+    assert _scores(tmp_path) == [(4, 1.0), (8, 2.0)]
+
+
+def test_an_interrupt_of_the_last_evaluation_leaves_nothing_out(tmp_path: Path) -> None:
+    scores = iter([1.0, None])
+
+    def interrupted(checkpoint: Checkpoint) -> float:
+        score = next(scores)
+        if score is None:
+            raise KeyboardInterrupt
+        return score
+
+    with pytest.raises(KeyboardInterrupt):
+        _run(tmp_path, 8, eval_every=4, evaluator=interrupted)
+    resumed = _run(tmp_path, 8, eval_every=4, evaluator=_Scores(2.0), resume=True)
+    assert resumed.metadata["best_score"] == 2.0
+    assert Checkpoint.load(tmp_path).metadata == json.loads(json.dumps(resumed.metadata))
+    _run(tmp_path, 8, eval_every=4, evaluator=_Scores(), resume=True)  # nothing is left to score
+    assert _scores(tmp_path) == [(4, 1.0), (8, 2.0)]
+
+
+def test_an_early_stop_logs_its_last_steps(tmp_path: Path) -> None:
+    options = {"eval_every": 2, "patience": 1, "log_steps": 50}
+    last = _run(tmp_path, 20, evaluator=_Scores(2.0, 1.0), **options)
+    assert [row[0] for row in _columns(tmp_path)] == [last.metadata["step"]] == [4]
+    assert last.metadata["losses"]
+
+
+def test_an_evaluator_is_checked_first(tmp_path: Path) -> None:
+    class Checked(_Scores):
+        def check(self, dataset: OfflineDataset, model: ModelConfig) -> None:
+            raise ValueError(f"env_id: {dataset.name}, {model.embed_dim}")
+
+    with pytest.raises(ValueError, match="env_id: tiny, 16"):
+        _run(tmp_path / "run", 3, eval_every=3, evaluator=Checked())
+    assert not (tmp_path / "run").exists()
 
 
 def test_sigterm_saves_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -393,7 +452,7 @@ def test_sigterm_saves_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_an_evaluator_and_its_interval_come_together(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"evaluator: expected a function, as eval_every is 3"):
         _run(tmp_path, 3, eval_every=3)
-    with pytest.raises(ValueError, match=r"evaluator: expected a function, as patience is 1"):
+    with pytest.raises(ValueError, match=r"patience: expected None, as eval_every is None, got 1"):
         _run(tmp_path, 3, patience=1)
     with pytest.raises(ValueError, match=r"eval_every: expected a number of steps, as there is"):
         _run(tmp_path, 3, evaluator=_Scores(1.0))

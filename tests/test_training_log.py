@@ -17,11 +17,11 @@ def _row(step: int) -> dict[str, float]:
 
 
 def test_rows_after_the_resumed_step_are_written_again(tmp_path: Path) -> None:
-    log = RunLog(tmp_path, 0)
+    log = RunLog(tmp_path, 0, 0)
     for step in (3, 6, 9):
         log.write_metrics(_row(step))
     log.close()
-    again = RunLog(tmp_path, 6)
+    again = RunLog(tmp_path, 6, 6)
     again.write_metrics(_row(12))
     again.close()
     assert read_metrics(tmp_path / "metrics.csv") == [_row(3), _row(6), _row(12)]
@@ -29,7 +29,7 @@ def test_rows_after_the_resumed_step_are_written_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("cut", range(2, 40, 3))
 def test_a_half_written_line_is_left_out(tmp_path: Path, cut: int) -> None:
-    log = RunLog(tmp_path, 0)
+    log = RunLog(tmp_path, 0, 0)
     log.write_metrics(_row(3))
     log.write_metrics(_row(6))
     log.close()
@@ -107,4 +107,4 @@ def test_without_wandb_the_message_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ImportError, match=r'pip install "tt_fast\[wandb\]"'):
-        start_wandb("walks", tmp_path, {})
+        start_wandb("walks", tmp_path, {}, resume=False)

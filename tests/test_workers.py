@@ -122,7 +122,9 @@ def test_a_killed_process_ends_the_job_which_resumes(tmp_path: Path, whole: Path
     folder = tmp_path / "run"
     done = torchrun(signalled(tmp_path, signal.SIGKILL, folder))
     assert done.returncode != 0
-    assert re.search(r"worker 0 of 2: another one has ended: .* resume from it", done.stderr)
+    assert re.search(
+        r"worker 0 of 2: another one has ended or is out of reach: .* resume from it", done.stderr
+    )
     assert f"Signal {signal.SIGKILL.value} (SIGKILL)" in done.stderr  # torchrun names the culprit
     newest = newest_checkpoint(folder)
     assert newest is not None
@@ -141,6 +143,24 @@ def test_one_that_is_told_to_end_stops_all_after_the_step(tmp_path: Path, whole:
     assert Checkpoint.load(newest).metadata["step"] == 7
     alone([*train_words(folder), "--resume"])
     assert_same_run(folder, whole)
+
+
+def test_workers_that_see_other_folders_are_refused(tmp_path: Path) -> None:
+    script = tmp_path / "apart.py"
+    script.write_text(
+        "import os, sys\n"
+        "from tt_fast.cli import main\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    sys.argv[3] += '-other'  # a disk of its own\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    folder = tmp_path / "run"
+    words = ["train", "--output-dir", str(folder), *train_words(folder)[1:2], *OPTIONS]
+    alone([*words, "--max-windows", "32"])
+    done = torchrun([str(script), *words, "--max-windows", "64", "--resume"])
+    assert done.returncode != 0
+    assert "output_dir: expected one folder that all of them see" in done.stderr
+    assert Checkpoint.load(folder).metadata["step"] == 4
 
 
 def test_alone_nothing_is_exchanged() -> None:

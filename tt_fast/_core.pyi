@@ -117,4 +117,33 @@ def train_attention_grad(
     out_grad: NDArray[np.float32] | NDArray[np.int16],
     isa: str,
 ) -> NDArray[Any]: ...
+def train_gelu(x: NDArray[np.float32] | NDArray[np.int16], isa: str) -> NDArray[Any]: ...
+def train_gelu_grad(
+    x: NDArray[np.float32] | NDArray[np.int16],
+    out_grad: NDArray[np.float32] | NDArray[np.int16],
+    isa: str,
+) -> NDArray[Any]: ...
+def train_norm(
+    x: NDArray[np.float32],
+    y: NDArray[np.float32] | NDArray[np.int16],
+    keep: NDArray[np.uint8] | None,
+    keep_scale: float,
+    gamma: NDArray[np.float32],
+    beta: NDArray[np.float32],
+    eps: float,
+    isa: str,
+) -> tuple[NDArray[np.float32], NDArray[Any], NDArray[np.float32]]: ...
+def train_norm_grad(
+    sum: NDArray[np.float32],
+    stats: NDArray[np.float32],
+    keep: NDArray[np.uint8] | None,
+    keep_scale: float,
+    gamma: NDArray[np.float32],
+    sum_grad: NDArray[np.float32],
+    normed_grad: NDArray[np.float32] | NDArray[np.int16],
+    isa: str,
+) -> tuple[NDArray[np.float32], NDArray[Any], NDArray[np.float32], NDArray[np.float32]]: ...
+def draw_keep(
+    state: NDArray[np.uint64], first_step: int, first_kept: int, size: int, isa: str
+) -> NDArray[np.uint8]: ...
 def peak_gflops(dtype: str, num_threads: int, seconds: float, isa: str) -> float: ...

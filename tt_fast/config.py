@@ -193,6 +193,8 @@ class TrainConfig:
         for name in ("max_epochs", "max_minutes"):
             if getattr(self, name) is not None:
                 require_number(name, getattr(self, name), 0.0, open_low=True)
+        fits = self.patience is None or self.eval_every is not None
+        require(fits, "patience", "None, as eval_every is None", self.patience)
         require_choice("strategy", self.strategy, ("quantile", "uniform"))
         require_choice("precision", self.precision, ("float32", "bfloat16"))
         require_choice("token_storage", self.token_storage, ("auto", "memory", "file"))

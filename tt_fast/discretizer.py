@@ -91,9 +91,11 @@ class Discretizer:
         checked = (_finite_column(column, dim) for dim, column in enumerate(columns))
         if strategy == "uniform":
             bounds = np.array([(column.min(), column.max()) for column in checked])
+            require(len(bounds) > 0, "columns", "at least one", "none")
             # in one call: numpy rounds otherwise where any column is constant
             return cls(np.linspace(bounds[:, 0], bounds[:, 1], num_bins + 1))
         thresholds = [_quantile_thresholds(column, num_bins) for column in checked]
+        require(len(thresholds) > 0, "columns", "at least one", "none")
         return cls(np.stack(thresholds, axis=1))
 
     def arrays(self) -> dict[str, Any]:

@@ -37,6 +37,8 @@ def tokenize(
     model_config: ModelConfig,
     train_config: TrainConfig,
     folder: str | Path | None = None,
+    *,
+    num_processes: int = 1,
 ) -> tuple[Discretizer, TokenWindows]:
     """Fit the discretizer to a dataset's transitions and cut their tokens into windows.
 
@@ -45,6 +47,7 @@ def tokenize(
         model_config: its vocab_size is the stop token.
         train_config: its `token_storage` says where the tokens are kept.
         folder: where a file of tokens may lie, not in memory itself; None: they stay in memory.
+        num_processes: that do the same on this machine, at most.
 
     Raises:
         ValueError: a dataset that does not fit the configs; no folder for a file.
@@ -53,7 +56,7 @@ def tokenize(
     stop_token = model_config.vocab_size
     num_tokens = dataset.num_steps * model_config.transition_dim  # a row of stop tokens among them
     num_bytes = num_tokens * token_dtype(stop_token).itemsize
-    in_file = _choose_file(train_config.token_storage, num_bytes, folder)
+    in_file = _choose_file(train_config.token_storage, num_bytes * num_processes, folder)
     transitions = build_transitions(
         dataset,
         discount=train_config.discount,

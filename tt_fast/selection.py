@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tt_fast.checkpoint import Checkpoint
-from tt_fast.config import PlanConfig
+from tt_fast.config import ModelConfig, PlanConfig
+from tt_fast.data import OfflineDataset
+from tt_fast.envs import make_env
 from tt_fast.evaluate import evaluate
 from tt_fast.planning import Planner
+from tt_fast.planning.search import check_plan
 from tt_fast.validate import require, require_int
 
 
@@ -28,19 +31,30 @@ class EpisodeScore:
     plan: PlanConfig = field(default_factory=lambda: PlanConfig(horizon=5, beam_width=32))
     """Settings of a plan."""
     plan_freq: int = 1
-    """Environment steps between two plans."""
+    """Environment steps between two plans, at most the horizon."""
     max_steps: int | None = None
     """Ends every episode after so many steps."""
     seed: int = 1_000_000
     """Of the first episode, the same at every evaluation; far from those that results use."""
+    device: str = "cpu"
+    """Where plans are made."""
 
     def __post_init__(self) -> None:
-        for name in ("episodes", "plan_freq"):
-            require_int(name, getattr(self, name), 1)
+        require(isinstance(self.plan, PlanConfig), "plan", "a PlanConfig", self.plan)
+        require_int("episodes", self.episodes, 1)
+        require_int("plan_freq", self.plan_freq, 1, self.plan.horizon)
         if self.max_steps is not None:
             require_int("max_steps", self.max_steps, 1)
         require_int("seed", self.seed, 0)
-        require(isinstance(self.plan, PlanConfig), "plan", "a PlanConfig", self.plan)
+
+    def check(self, dataset: OfflineDataset, model: ModelConfig) -> None:
+        """See before training that there is something to play.
+
+        Raises:
+            ValueError: as `require_playable`.
+            ImportError: Gymnasium or MuJoCo is missing.
+        """
+        require_playable(dataset, model, self.plan, self.env_id, self.max_steps)
 
     def __call__(self, checkpoint: Checkpoint) -> float:
         """Mean return of the episodes.
@@ -49,6 +63,7 @@ class EpisodeScore:
             ValueError, ImportError: as `evaluate`.
             KeyboardInterrupt: Ctrl-C before all episodes were finished.
         """
+        checkpoint = replace(checkpoint, model=checkpoint.model.to(self.device))
         result = evaluate(
             Planner(checkpoint, self.plan, plan_freq=self.plan_freq),
             self.env_id,
@@ -61,3 +76,35 @@ class EpisodeScore:
         if result.interrupted:
             raise KeyboardInterrupt
         return result.mean_return
+
+
+def require_playable(
+    dataset: OfflineDataset,
+    model: ModelConfig,
+    plan: PlanConfig,
+    env_id: str | None,
+    max_steps: int | None,
+) -> None:
+    """A model of this dataset can make such plans, in an environment that there is and that ends.
+
+    Args:
+        env_id: None takes the dataset's.
+
+    Raises:
+        ValueError: it cannot.
+        ImportError: Gymnasium or MuJoCo is missing.
+    """
+    check_plan(model, plan)
+    env_id = env_id or dataset.env_id
+    if env_id is None:
+        raise ValueError(f"env_id: expected a Gymnasium id, as {dataset.name} names none, got None")
+    env = make_env(env_id)
+    try:
+        for name in ("observation_dim", "action_dim"):
+            wanted, got = getattr(model, name), getattr(env, name)
+            require(got == wanted, f"{name} of {env.env_id}", f"{dataset.name}'s {wanted}", got)
+        limited = max_steps is not None or env.max_episode_steps is not None
+        wanted = f"a number of steps, as {env.env_id} has no time limit"
+        require(limited, "max_steps", wanted, max_steps)
+    finally:
+        env.close()

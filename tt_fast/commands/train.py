@@ -11,6 +11,7 @@ import tyro
 from tt_fast.commands.base import Command
 from tt_fast.config import TOKEN_KINDS, ModelConfig, PlanConfig, TrainConfig, config_to_dict
 from tt_fast.presets import check_preset
+from tt_fast.validate import require
 
 if TYPE_CHECKING:
     from tt_fast.checkpoint import Checkpoint
@@ -52,12 +53,20 @@ class EvalOptions:
     """Ends every episode after so many steps."""
 
     def evaluator(self, config: TrainConfig) -> EpisodeScore | None:
-        """What `train` calls; None if it is not to evaluate."""
+        """What `train` calls; None if it is not to evaluate.
+
+        Raises:
+            ValueError: options of evaluations, and none asked for.
+        """
         if config.eval_every is None:
+            idle = "a number of steps, as there are other options of evaluations"
+            require(self == EvalOptions(), "eval_every", idle, None)
             return None
         from tt_fast.selection import EpisodeScore
+        from tt_fast.train import pick_device
 
         return EpisodeScore(
+            device="cuda" if pick_device(config.device).type == "cuda" else "cpu",
             episodes=self.eval_episodes,
             plan=PlanConfig(horizon=self.eval_horizon, beam_width=self.eval_beam_width),
             plan_freq=self.eval_plan_freq,

@@ -144,7 +144,7 @@ class TrialRunner:
         with open_cluster(self.ray, self.cluster) as places, bar:
             try:
                 self._run(waiting, places, bar)
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, SystemExit):  # Ray makes the latter of SIGTERM
                 self._stop()
                 raise
 

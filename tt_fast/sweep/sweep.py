@@ -25,10 +25,9 @@ from typing import Any
 
 from tt_fast.config import TOKEN_KINDS
 from tt_fast.data import OfflineDataset, load_dataset
-from tt_fast.envs import make_env
 from tt_fast.files import atomic_write
-from tt_fast.planning.search import check_plan
 from tt_fast.results import ScoredEpisodes, mean_text
+from tt_fast.selection import require_playable
 from tt_fast.sweep.runner import Cluster, SweepRecord, TrialFailure, TrialRunner, import_ray
 from tt_fast.sweep.trial import SweepConfig, Trial, TrialResult, read_json, read_result
 from tt_fast.tables import Column, head_line, number, row_line
@@ -165,7 +164,7 @@ class _Source:
 
 def _load_all(datasets: Sequence[str | Path], config: SweepConfig) -> dict[str, _Source]:
     """Every dataset by its name; what does not fit shows before hours of training."""
-    is_list = not isinstance(datasets, (str, Path)) and len(datasets) > 0
+    is_list = isinstance(datasets, Sequence) and not isinstance(datasets, str) and len(datasets) > 0
     require(is_list, "datasets", "a list of at least one", datasets)
     found: dict[str, _Source] = {}
     folders: set[str] = set()
@@ -174,32 +173,14 @@ def _load_all(datasets: Sequence[str | Path], config: SweepConfig) -> dict[str, 
         # a trial's process may have another working directory
         text = str(path.resolve()) if path.is_file() else str(source)
         dataset = load_dataset(text, env_id=config.env_id, ref_scores=config.ref_scores)
-        _check_dataset(dataset, config)
+        if config.play.episodes > 0:
+            play = config.play
+            require_playable(dataset, config.model_for(dataset), play.plan, None, play.max_steps)
         folder = Trial(dataset.name, text, 0).folder
         require(folder not in folders, "datasets", "different names", f"two of {dataset.name}")
         folders.add(folder)
         found[dataset.name] = _Source(text, _digest(dataset))
     return found
-
-
-def _check_dataset(dataset: OfflineDataset, config: SweepConfig) -> None:
-    """A model of this dataset can plan, in an environment that there is."""
-    model, play = config.model_for(dataset), config.play
-    if play.episodes == 0:
-        return
-    check_plan(model, play.plan)
-    if dataset.env_id is None:
-        raise ValueError(f"env_id: expected a Gymnasium id, as {dataset.name} names none, got None")
-    env = make_env(dataset.env_id)
-    try:
-        for name in ("observation_dim", "action_dim"):
-            wanted, got = getattr(model, name), getattr(env, name)
-            require(got == wanted, f"{name} of {env.env_id}", f"{dataset.name}'s {wanted}", got)
-        limited = play.max_steps is not None or env.max_episode_steps is not None
-        wanted = f"a number of steps, as {env.env_id} has no time limit"
-        require(limited, "max_steps", wanted, play.max_steps)
-    finally:
-        env.close()
 
 
 def _check_seeds(seeds: Sequence[int]) -> tuple[int, ...]:

@@ -60,6 +60,7 @@ class PlayConfig:
     plan: PlanConfig = field(default_factory=PlanConfig)
 
     def __post_init__(self) -> None:
+        require(isinstance(self.plan, PlanConfig), "plan", "a PlanConfig", self.plan)
         require_int("episodes", self.episodes, 0)
         require_int("episode_seed", self.episode_seed, 0)
         require_int("num_envs", self.num_envs, 1)
@@ -84,6 +85,9 @@ class SweepConfig:
     """Returns that score 0 and 100, if they are not known."""
 
     def __post_init__(self) -> None:
+        for part, kind in (("model", ModelConfig), ("train", TrainConfig), ("play", PlayConfig)):
+            got = getattr(self, part)
+            require(isinstance(got, kind), part, f"a {kind.__name__}", got)
         # scored at the end only; `train` would ask for an evaluator
         for name in ("eval_every", "patience"):
             got = getattr(self.train, name)

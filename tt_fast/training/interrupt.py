@@ -41,10 +41,14 @@ def deferred_interrupt() -> Iterator[Interrupt]:
     if threading.current_thread() is not threading.main_thread():
         yield interrupt
         return
+    # None: a handler that Python cannot put back; a signal that is ignored stays so
+    left_alone = (None, signal.SIG_IGN)
     numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, interrupt.on_signal) for number in numbers]
+    before = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) not in left_alone}
+    for number in before:
+        signal.signal(number, interrupt.on_signal)
     try:
         yield interrupt
     finally:
-        for number, handler in zip(numbers, before, strict=True):
+        for number, handler in before.items():
             signal.signal(number, handler)

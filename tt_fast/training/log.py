@@ -23,17 +23,20 @@ class RunLog:
     Args:
         run_folder: an existing folder; None writes nothing.
         step: rows after this step are dropped first: a resumed run writes them again.
+        eval_step: the same of scores.csv.
         wandb_run: what `start_wandb` returned.
     """
 
-    def __init__(self, run_folder: Path | None, step: int, wandb_run: Any = None) -> None:
+    def __init__(
+        self, run_folder: Path | None, step: int, eval_step: int, wandb_run: Any = None
+    ) -> None:
         self._wandb_run = wandb_run
         self._metrics: _CsvLog | None = None
         self._scores: _CsvLog | None = None
         self._events: Any = None
         if run_folder is not None:
             self._metrics = _CsvLog(run_folder / "metrics.csv", COLUMNS, step)
-            self._scores = _CsvLog(run_folder / "scores.csv", SCORE_COLUMNS, step)
+            self._scores = _CsvLog(run_folder / "scores.csv", SCORE_COLUMNS, eval_step)
             self._events = SummaryWriter(str(run_folder / "tensorboard"), purge_step=step + 1)
 
     def write_metrics(self, row: Mapping[str, float]) -> None:
@@ -91,13 +94,14 @@ class _CsvLog:
         self._file = self._path.open("a", newline="")
 
 
-def start_wandb(project: str, run_folder: Path, config: Mapping[str, Any]) -> Any:
-    """Start a run of Weights & Biases, or go on with the one that the folder names.
+def start_wandb(project: str, run_folder: Path, config: Mapping[str, Any], *, resume: bool) -> Any:
+    """Start a run of Weights & Biases.
 
     Args:
         project: its project.
         run_folder: keeps the run's id in wandb_id.txt and what W&B writes in wandb/.
         config: shown beside the curves.
+        resume: go on with the run that the folder names, if it does.
 
     Raises:
         ImportError: W&B is not installed.
@@ -109,7 +113,8 @@ def start_wandb(project: str, run_folder: Path, config: Mapping[str, Any]) -> An
             'Weights & Biases needs wandb: pip install "tt_fast[wandb]" (or drop wandb_project)'
         ) from error
     id_file = run_folder / "wandb_id.txt"
-    run_id = id_file.read_text(encoding="utf-8").strip() if id_file.exists() else None
+    known = resume and id_file.exists()
+    run_id = id_file.read_text(encoding="utf-8").strip() if known else None
     run = wandb.init(
         project=project, name=run_folder.name, dir=str(run_folder), config=dict(config),
         id=run_id, resume="allow",

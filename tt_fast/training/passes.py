@@ -5,11 +5,12 @@ profile asked for:
 
 - a step's windows pass through in groups whose activations stay in the cache, each group on one
   thread from beginning to end, so that threads wait for each other once a step;
-- dropout masks come from a generator ten times as fast as torch's on a processor (six times with
-  the comparison that makes a mask), and are kept as bytes; they are addressed by
-  (seed, step, pass), so resuming needs no state of it;
+- dropout masks come from generators side by side, made into bytes as they are drawn; they are
+  addressed by (seed, step, pass), so resuming needs no state of them;
 - attention is one autograd node, in C++ where the core was built: a head at a time in its caches,
   without scores that the mask hides, and no weights kept for the gradient;
+- a residual branch's dropout, its addition and the LayerNorm behind it are another one, and GELU is
+  a third;
 - float32 matrix products go to oneDNN, twice as fast as torch's default where that is MKL on an
   AMD.
 """
@@ -40,6 +41,8 @@ except ImportError:
 CPU_PASS_TOKENS = 2048
 
 _UNIFORM_VALUES = 2**16
+_MASK_LANES = 16
+"""Generators of a mask, side by side."""
 
 
 class Batch(NamedTuple):
@@ -165,23 +168,45 @@ def _one_thread_an_operation() -> Iterator[None]:
 class DropoutMasks:
     """Masks of one pass, drawn one after another.
 
+    A mask takes 16 bits an element from the words of `_MASK_LANES` SFC64 generators in turn. Where
+    the C++ core was not built, numpy draws the same.
+
     Args:
         address: whole numbers that name the pass, such as (seed, step, pass); the same address
             gives the same masks.
     """
 
     def __init__(self, *address: int) -> None:
-        self._generator = np.random.Generator(np.random.SFC64(list(address)))
+        words = np.random.SFC64(list(address)).random_raw(3 * _MASK_LANES)
+        self._state: NDArray[np.uint64] = words.reshape(3, _MASK_LANES)
+        self._step = 0
 
     def keep(self, shape: tuple[int, ...], probability: float) -> Tensor:
         """uint8 of that shape: 0 with `probability`, rounded to a multiple of 2^-16, else 1."""
         count = math.prod(shape)
-        words = self._generator.integers(0, 2**64, size=(count + 3) // 4, dtype=np.uint64)
-        uniform = torch.from_numpy(words.view(np.int16)[:count]).view(shape)
         first_kept = round(probability * _UNIFORM_VALUES) - _UNIFORM_VALUES // 2
         if first_kept == _UNIFORM_VALUES // 2:  # no int16: nothing is kept
             return torch.zeros(shape, dtype=torch.uint8)
-        return uniform.ge(first_kept).view(torch.uint8)
+        num_steps = math.ceil(count / (4 * _MASK_LANES))
+        if _core is not None:
+            kept = _core.draw_keep(self._state, self._step, first_kept, count, "auto")
+        else:
+            words = _mask_words(self._state, self._step, num_steps)
+            kept = (words.view(np.int16)[:count] >= first_kept).view(np.uint8)
+        self._step += num_steps
+        return torch.from_numpy(kept).view(shape)
+
+
+def _mask_words(state: NDArray[np.uint64], first_step: int, num_steps: int) -> NDArray[np.uint64]:
+    """(num_steps * lanes) words, by step and lane; the states (3, lanes) of SFC64 move on."""
+    words = np.empty((num_steps, state.shape[1]), np.uint64)
+    generator = np.random.SFC64(0)
+    for lane in range(state.shape[1]):
+        start = np.append(state[:, lane], np.uint64(first_step))
+        generator.state = generator.state | {"state": {"state": start}}
+        words[:, lane] = generator.random_raw(num_steps)
+        state[:, lane] = generator.state["state"]["state"][:3]
+    return words.reshape(-1)
 
 
 def pass_losses(
@@ -199,53 +224,89 @@ def pass_losses(
         masks: where dropout comes from; None: no dropout.
     """
     config = model.config
-    x = model._embedding(tokens, goal)
-    x = _dropout(x, masks, config.embed_dropout, start=config.goal_len)
+    x = _embedding(model, tokens, goal, masks)
     hidden = ~model._mask[: x.shape[1], : x.shape[1]]
-    for block in model.blocks:
-        assert isinstance(block, Block)
-        x = _block(block, x, hidden, masks)
-    logits = model._logits(x[:, config.goal_len :])
+    blocks = [block for block in model.blocks if isinstance(block, Block)]
+    normed = blocks[0].ln1(x)
+    for block, norm in zip(blocks, [*(b.ln1 for b in blocks[1:]), model.ln_f], strict=True):
+        x, normed = _block(block, x, normed, hidden, masks, norm)
+    logits = _logits(model, normed[:, config.goal_len :])
     if logits.dtype == torch.bfloat16:
         logits = logits.float()
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     return losses.view(targets.shape)
 
 
-def _block(block: Block, x: Tensor, hidden: Tensor, masks: DropoutMasks | None) -> Tensor:
-    """(B, T, E) -> (B, T, E); `hidden` (T, T) is True where a query must not see a key."""
-    attn = block.attn
+def _embedding(
+    model: TrajectoryTransformer, tokens: Tensor, goal: Tensor | None, masks: DropoutMasks | None
+) -> Tensor:
+    """(B, goal_len + T, E), with dropout of the tokens but not of the goal."""
+    x, start = model._embedding(tokens, goal), model.config.goal_len
+    drop = model.config.embed_dropout
+    keep = _keep(masks, (len(x), x.shape[1] - start, x.shape[2]), drop)
+    if start:
+        return torch.cat([x[:, :start], _dropped(x[:, start:], keep, drop)], dim=1)
+    return _dropped(x, keep, drop)
+
+
+def _block(
+    block: Block,
+    x: Tensor,
+    normed: Tensor,
+    hidden: Tensor,
+    masks: DropoutMasks | None,
+    next_norm: nn.LayerNorm,
+) -> tuple[Tensor, Tensor]:
+    """What the block makes of x (B, T, E), and `next_norm` of that.
+
+    Args:
+        normed: x after the block's first LayerNorm.
+        hidden: (T, T), True where a query must not see a key.
+        next_norm: the LayerNorm behind the block.
+    """
+    attn, drop = block.attn, float(block.attn.resid_drop.p)
     weight = torch.cat([attn.query.weight, attn.key.weight, attn.value.weight])
     bias = torch.cat([attn.query.bias, attn.key.bias, attn.value.bias])
-    qkv = linear(block.ln1(x), weight, bias).unflatten(2, (3, attn.num_heads, -1))
-    keep = None
-    if masks is not None and attn.dropout > 0.0:
-        keep = masks.keep((len(x) * attn.num_heads, *hidden.shape), attn.dropout)
+    qkv = linear(normed, weight, bias).unflatten(2, (3, attn.num_heads, -1))
+    keep = _keep(masks, (len(x) * attn.num_heads, *hidden.shape), attn.dropout)
     y = self_attention(qkv, hidden, keep, attn.dropout).flatten(2)
-    drop = float(attn.resid_drop.p)
-    x = x + _dropout(linear(y, attn.proj.weight, attn.proj.bias), masks, drop)
+    y = linear(y, attn.proj.weight, attn.proj.bias)
+    x, normed = add_norm(x, y, _keep(masks, x.shape, drop), drop, block.ln2)
     up, down = block.mlp[0], block.mlp[2]
     assert isinstance(up, nn.Linear)
     assert isinstance(down, nn.Linear)
-    h = F.gelu(linear(block.ln2(x), up.weight, up.bias))
-    return x + _dropout(linear(h, down.weight, down.bias), masks, drop)
+    y = linear(gelu(linear(normed, up.weight, up.bias)), down.weight, down.bias)
+    return add_norm(x, y, _keep(masks, x.shape, drop), drop, next_norm)
+
+
+def _logits(model: TrajectoryTransformer, normed: Tensor) -> Tensor:
+    """(B, T, E) -> (B, T, V + 1), as the model does behind its last LayerNorm."""
+    num_tokens, transition_dim = normed.shape[1], model.config.transition_dim
+    x = F.pad(normed, (0, 0, 0, -num_tokens % transition_dim))
+    logits: Tensor = model.head(x.reshape(-1, transition_dim, x.shape[-1]))
+    return logits.reshape(len(x), x.shape[1], -1)[:, :num_tokens]
 
 
 # ---- dropout ----
 
 
-def _dropout(x: Tensor, masks: DropoutMasks | None, probability: float, start: int = 0) -> Tensor:
-    """Zero elements with `probability` and scale the others; rows before `start` are left alone."""
+def _keep(masks: DropoutMasks | None, shape: tuple[int, ...], probability: float) -> Tensor | None:
+    """The next mask; None where nothing is dropped."""
     if masks is None or probability == 0.0:
+        return None
+    return masks.keep(tuple(shape), probability)
+
+
+def _dropped(x: Tensor, keep: Tensor | None, probability: float) -> Tensor:
+    """x * keep / (1 - probability)."""
+    if keep is None:
         return x
-    if start:
-        return torch.cat([x[:, :start], _dropout(x[:, start:], masks, probability)], dim=1)
-    dropped: Tensor = _Dropout.apply(x, masks.keep(tuple(x.shape), probability), probability)  # type: ignore[no-untyped-call]
+    dropped: Tensor = _Dropout.apply(x, keep, probability)  # type: ignore[no-untyped-call]
     return dropped
 
 
 class _Dropout(torch.autograd.Function):
-    """x * keep / (1 - probability); what is kept for the gradient is bytes."""
+    """What is kept for the gradient is bytes."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, keep: Tensor, probability: float) -> Tensor:
@@ -261,6 +322,110 @@ class _Dropout(torch.autograd.Function):
 
 def _scale(probability: float) -> float:
     return 1.0 / (1.0 - probability) if probability < 1.0 else 0.0
+
+
+# ---- rows ----
+
+
+def add_norm(
+    x: Tensor, y: Tensor, keep: Tensor | None, probability: float, norm: nn.LayerNorm
+) -> tuple[Tensor, Tensor]:
+    """x + y * keep / (1 - probability), and its LayerNorm; in C++ where that serves.
+
+    Args:
+        x: (..., E), the residual stream.
+        y: (..., E), a branch of it; under autocast in bfloat16, as the LayerNorm is then in C++.
+        keep: uint8, (..., E), or None for no dropout.
+        probability: of a number of y to be dropped.
+        norm: of E numbers.
+    """
+    if _core is None or x.dtype != torch.float32 or y.dtype not in _CORE_TYPES or not x.numel():
+        x = x + _dropped(y, keep, probability)
+        return x, norm(x)
+    scale = _scale(probability) if keep is not None else 1.0
+    both: tuple[Tensor, Tensor] = _CoreAddNorm.apply(  # type: ignore[no-untyped-call]
+        x, y, keep, scale, norm.weight, norm.bias, norm.eps
+    )
+    return both
+
+
+class _CoreAddNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        y: Tensor,
+        keep: Tensor | None,
+        scale: float,
+        gamma: Tensor,
+        beta: Tensor,
+        eps: float,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.scale = scale
+        kept = None if keep is None else _rows(keep)
+        total, normed, stats = _core.train_norm(
+            _rows(x), _rows(y), kept, scale, _array(gamma), _array(beta), eps, "auto"
+        )
+        out = _tensor(total, x.dtype).view(x.shape)
+        ctx.save_for_backward(out, torch.from_numpy(stats), keep, gamma)
+        return out, _tensor(normed, y.dtype).view(x.shape)
+
+    @staticmethod
+    def backward(
+        ctx: Any, *gradients: Any
+    ) -> tuple[Tensor, Tensor, None, None, Tensor, Tensor, None]:
+        (total, stats, keep, gamma), (total_grad, normed_grad) = ctx.saved_tensors, gradients
+        kept = None if keep is None else _rows(keep)
+        dx, dy, dgamma, dbeta = _core.train_norm_grad(
+            _rows(total), stats.numpy(), kept, ctx.scale, _array(gamma),
+            _rows(total_grad), _rows(normed_grad), "auto",
+        )  # fmt: skip
+        dx_tensor = _tensor(dx, total.dtype).view(total.shape)
+        dy_tensor = _tensor(dy, normed_grad.dtype).view(total.shape)
+        of_norm = _tensor(dgamma, gamma.dtype), _tensor(dbeta, gamma.dtype)
+        return dx_tensor, dy_tensor, None, None, *of_norm, None
+
+
+def gelu(x: Tensor) -> Tensor:
+    """Exact GELU, x Phi(x); in C++ where that serves."""
+    if _core is None or x.dtype not in _CORE_TYPES or not x.numel():
+        return F.gelu(x)
+    y: Tensor = _CoreGelu.apply(x)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _CoreGelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return _tensor(_core.train_gelu(_array(x), "auto"), x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return _tensor(_core.train_gelu_grad(_array(x), _array(gradients[0]), "auto"), x.dtype)
+
+
+# ---- memory that torch and the core share ----
+
+_CORE_TYPES = (torch.float32, torch.bfloat16)
+
+
+def _array(x: Tensor) -> NDArray[Any]:
+    """Its memory, copied only if it is not contiguous; the bits of bfloat16 as int16."""
+    x = x.detach().contiguous()
+    array: NDArray[Any] = (x.view(torch.int16) if x.dtype == torch.bfloat16 else x).numpy()
+    return array
+
+
+def _rows(x: Tensor) -> NDArray[Any]:
+    """(..., E) -> (rows, E)."""
+    return _array(x.flatten(0, -2))
+
+
+def _tensor(array: NDArray[Any], dtype: torch.dtype) -> Tensor:
+    tensor: Tensor = torch.from_numpy(array).view(dtype)
+    return tensor
 
 
 # ---- attention ----
@@ -288,7 +453,7 @@ def self_attention(qkv: Tensor, hidden: Tensor, keep: Tensor | None, probability
 def _core_serves(qkv: Tensor) -> bool:
     return (
         _core is not None
-        and qkv.dtype in (torch.float32, torch.bfloat16)
+        and qkv.dtype in _CORE_TYPES
         and qkv.numel() > 0
         and qkv.shape[1] <= _core.MAX_TRAIN_LEN
         and qkv.shape[4] <= _core.MAX_TRAIN_HEAD_DIM
@@ -315,18 +480,6 @@ class _CoreAttention(torch.autograd.Function):
             "auto",
         )  # fmt: skip
         return _tensor(dqkv, qkv.dtype), None, None, None
-
-
-def _array(x: Tensor) -> NDArray[Any]:
-    """Its memory, copied only if it is not contiguous; the bits of bfloat16 as int16."""
-    x = x.detach().contiguous()
-    array: NDArray[Any] = (x.view(torch.int16) if x.dtype == torch.bfloat16 else x).numpy()
-    return array
-
-
-def _tensor(array: NDArray[Any], dtype: torch.dtype) -> Tensor:
-    tensor: Tensor = torch.from_numpy(array).view(dtype)
-    return tensor
 
 
 def attention(
@@ -410,7 +563,7 @@ _ONEDNN = _has_onednn()
 
 
 def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """a b^T + bias of contiguous float32 (M, K), (N, K)."""
+    """a b^T + bias of float32 (M, K), (N, K)."""
     y: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
     return y
 
@@ -425,6 +578,13 @@ class _OneDnnLinear(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, Tensor, Tensor]:
         x, weight = ctx.saved_tensors
         dy = gradients[0].reshape(-1, len(weight))
-        dx = _product(dy, weight.T.contiguous()).view(x.shape)
-        dweight = _product(dy.T.contiguous(), x.flatten(0, -2).T.contiguous())
-        return dx, dweight, dy.sum(0)
+        dx = _product(dy, weight.T).view(x.shape)
+        return dx, _weight_gradient(dy, x.flatten(0, -2)), dy.sum(0)
+
+
+def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
+    """dy^T x of (M, O) and (M, I). oneDNN reads a transposed right factor as fast as a plain one,
+    but a left one slower, so that the wide one is on the right."""
+    if dy.shape[1] > x.shape[1]:
+        return _product(x.T.contiguous(), dy.T).T
+    return _product(dy.T, x.T)

@@ -3,7 +3,8 @@
     checkpoints/step_00001000/    the newest two
     best/                         the one with the best score, where scores are asked for
 
-Every one appears whole, by renaming, and is renamed before it is deleted.
+Every one appears whole, by renaming, and is renamed before it is deleted. Names on the way:
+.NAME.new is whole, .NAME.old is what it replaces, .NAME.gone is being deleted.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from pathlib import Path
 from tt_fast.files import atomic_folder
 
 _KEPT_CHECKPOINTS = 2
-_OLD_BEST = ".best.old"
 
 
 def prepare_run_folder(run_folder: Path) -> None:
@@ -30,9 +30,14 @@ def prepare_run_folder(run_folder: Path) -> None:
         checkpoints.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise ValueError(f"output_dir: expected a folder or a new name: {error}") from error
-    if (run_folder / _OLD_BEST).exists() and not (run_folder / "best").exists():
-        (run_folder / _OLD_BEST).rename(run_folder / "best")  # killed between two renames
-    for leftover in [*checkpoints.glob(".step_*"), *run_folder.glob(".best.*")]:
+    for old in [*checkpoints.glob(".step_*.old"), *run_folder.glob(".best.old")]:
+        replaced = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
+        if not replaced.exists():
+            old.rename(replaced)  # killed between two renames
+    leftovers = [*checkpoints.glob(".step_*"), *checkpoints.glob("..step_*")]
+    for name in ("best.", "metrics.csv.", "scores.csv.", "wandb_id.txt."):
+        leftovers += [*run_folder.glob(f".{name}*"), *run_folder.glob(f"..{name}*")]
+    for leftover in leftovers:
         shutil.rmtree(leftover)
 
 
@@ -40,18 +45,23 @@ def prepare_run_folder(run_folder: Path) -> None:
 def new_checkpoint(run_folder: Path, step: int) -> Iterator[Path]:
     """Yield an empty folder that becomes checkpoints/step_N; all but the newest ones then go."""
     folder = run_folder / "checkpoints" / f"step_{step:08d}"
-    with atomic_folder(folder) as temporary:
+    with _new_version(folder) as temporary:
         yield temporary
     for old in sorted(folder.parent.glob("step_*"))[:-_KEPT_CHECKPOINTS]:
-        # a half-deleted one must not be found
-        shutil.rmtree(old.rename(old.with_name(f".{old.name}.old")))
+        shutil.rmtree(old.rename(old.with_name(f".{old.name}.gone")))
 
 
 @contextmanager
 def new_best(run_folder: Path) -> Iterator[Path]:
-    """Yield an empty folder that takes the place of best/."""
-    folder, old = run_folder / "best", run_folder / _OLD_BEST
-    new = run_folder / ".best.new"
+    """Yield an empty folder that becomes best/."""
+    with _new_version(run_folder / "best") as temporary:
+        yield temporary
+
+
+@contextmanager
+def _new_version(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder that takes the place of `folder`, whether that exists or not."""
+    new, old = (folder.with_name(f".{folder.name}.{state}") for state in ("new", "old"))
     with atomic_folder(new) as temporary:
         yield temporary
     if folder.exists():

@@ -26,6 +26,7 @@ _STATE = "training_state.safetensors"
 _FREE_FIELDS = {
     "max_tokens", "max_epochs", "max_windows", "max_minutes", "device", "log_steps",
     "checkpoint_steps", "checkpoint_minutes", "eval_every", "patience", "token_storage",
+    "compile",
 }  # fmt: skip
 #: What a run had for a field that is younger than its checkpoint.
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
@@ -120,14 +121,15 @@ def read_state(
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{folder / _STATE}: absent or damaged, cannot resume: {error}") from error
-    if about.get("sha256") != _digest(tensors):
+    if about is None or about.get("sha256") != _digest(tensors):
         raise ValueError(f"{folder / _STATE}: damaged: its SHA-256 is not the one it names")
     _check_identity(folder, json.loads(about["identity"]), identity)
     device = model.pos_emb.device
+    # AdamW keeps its averages where the parameter is, its step count on the CPU unless fused
+    count_device = device if optimizer.defaults.get("fused") else torch.device("cpu")
     for name, parameter in model.named_parameters():
-        # AdamW keeps its step count on the CPU, the averages where the parameter is
         optimizer.state[parameter] = {
-            "step": tensors[f"step/{name}"],
+            "step": tensors[f"step/{name}"].to(count_device),
             "exp_avg": tensors[f"exp_avg/{name}"].to(device),
             "exp_avg_sq": tensors[f"exp_avg_sq/{name}"].to(device),
         }

@@ -62,7 +62,9 @@ class StepGradients:
         on_cpu = model.pos_emb.device.type == "cpu"
         self._passes = ParallelPasses(model, torch.get_num_threads()) if on_cpu else None
         self._pass_windows = config.pass_windows or _pass_windows(model, config, windows, workers)
-        self._token_losses = _token_losses(model, config)
+        several = self._pass_windows * workers.count < config.batch_size
+        self._token_losses = _token_losses(model, config, several)
+        self._kinds = model.target_kinds(windows.window_len).to(model.pos_emb.device)
 
     def run(self, window_ids: Tensor, step: int) -> StepResult:
         """Set the model's gradients, clipped, to those of a batch.
@@ -85,7 +87,7 @@ class StepGradients:
         workers.sum(counts)
         self._sum_gradients()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), self._config.grad_clip)
-        # one transfer a step: a GPU is waited for here and nowhere else
+        # all that the loop wants to know in one transfer: it waits for a GPU here
         loss, tokens, gradient_norm, *kinds = torch.cat(
             [counts[:2], norm.to(counts)[None], counts[2:]]
         ).tolist()
@@ -124,13 +126,14 @@ class StepGradients:
         """(2 + 2 kinds,) float64, which add up over workers: loss, tokens, sums and counts."""
         model = self._model
         totals = torch.zeros(2 + 2 * _NUM_KINDS, dtype=torch.float64, device=model.pos_emb.device)
-        kinds = model.target_kinds(self._windows.window_len).to(totals.device)
         for batch, found in zip(batches, losses, strict=True):
             share = len(batch.inputs) / num_windows
             totals[0] += share * model.weighted_loss(found, batch.mask)
             totals[1] += (batch.targets != model.config.vocab_size).sum()
-            totals[2 : 2 + _NUM_KINDS].index_add_(0, kinds, (found * batch.mask).sum(0).double())
-            totals[2 + _NUM_KINDS :].index_add_(0, kinds, batch.mask.sum(0).double())
+            totals[2 : 2 + _NUM_KINDS].index_add_(
+                0, self._kinds, (found * batch.mask).sum(0).double()
+            )
+            totals[2 + _NUM_KINDS :].index_add_(0, self._kinds, batch.mask.sum(0).double())
         return totals
 
     def _sum_gradients(self) -> None:
@@ -151,8 +154,12 @@ class StepGradients:
 TokenLosses = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 
 
-def _token_losses(model: TrajectoryTransformer, config: TrainConfig) -> TokenLosses:
+def _token_losses(model: TrajectoryTransformer, config: TrainConfig, several: bool) -> TokenLosses:
     """How losses are computed where the processor's passes do not.
+
+    Args:
+        several: a step has more than one pass. Compiled, they are then not recorded as CUDA graphs,
+            whose next run would write over gradients that the last one left.
 
     Raises:
         ValueError: compiled ones are asked for on a processor.
@@ -161,7 +168,7 @@ def _token_losses(model: TrajectoryTransformer, config: TrainConfig) -> TokenLos
         return functools.partial(fused_loss.token_losses, model)
     device = model.pos_emb.device
     require(device.type != "cpu", "compile", "False, as the model trains on a processor", True)
-    mode = "reduce-overhead" if device.type == "cuda" else "default"
+    mode = "reduce-overhead" if device.type == "cuda" and not several else "default"
     compiled: TokenLosses = torch.compile(model.token_losses, dynamic=False, mode=mode)
     return compiled
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tt_fast.validate import require
 
-#: The others wait while the first one evaluates; a process that died is noticed at once.
+#: The others wait while the first one evaluates.
 _TIMEOUT = timedelta(hours=6)
 
 
@@ -51,7 +51,8 @@ class Workers:
             dist.all_reduce(tensor)
         except RuntimeError as error:
             raise WorkerLostError(
-                f"worker {self.rank} of {self.count}: another one has ended: {error}; "
+                f"worker {self.rank} of {self.count}: another one has ended or is out of reach: "
+                f"{error}; "
                 "the newest checkpoint stands, resume from it"
             ) from error
 
@@ -107,7 +108,8 @@ def join_workers(device: str) -> Iterator[Workers]:
         on_gpu = torch.cuda.is_available() and device.partition(":")[0] in ("auto", "cuda")
         if on_gpu:
             _take_gpu(device)
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=_TIMEOUT)
+        # what lies on the processor goes by gloo, which notices at once that another one died
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=_TIMEOUT)
         try:
             yield Workers(dist.get_rank(), dist.get_world_size())
         finally:
@@ -128,6 +130,6 @@ def _take_gpu(device: str) -> None:
 
 
 def _collective_device() -> torch.device:
-    """Where the group's small tensors must lie."""
+    """Where the group's small tensors must lie; a caller's group may know GPUs only."""
     on_gpu = dist.get_backend() == "nccl"
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
