@@ -14,8 +14,9 @@ from torch import Tensor
 
 from tt_fast.model import attention_mask
 from tt_fast.planning.cpu import _core, available_isas
-from tt_fast.training import passes
-from tt_fast.training.passes import DropoutMasks, pass_losses, self_attention
+from tt_fast.training import cpu_ops
+from tt_fast.training.cpu_ops import DropoutMasks, self_attention
+from tt_fast.training.passes import pass_losses
 
 isas = pytest.mark.parametrize("isa", available_isas())
 needs_core = pytest.mark.skipif(_core is None, reason="built without the C++ core")
@@ -58,10 +59,10 @@ def check(
     roundings of the largest number; what it found."""
     out_grad = normal(9, *qkv.shape[:2], *qkv.shape[3:]).to(qkv.dtype)
     core = OneIsa(isa)
-    monkeypatch.setattr(passes, "_core", core)
+    monkeypatch.setattr(cpu_ops, "_core", core)
     got = run(qkv, out_grad, hidden, keep, probability)
     assert core.calls == {"train_attention": 1, "train_attention_grad": 1}
-    monkeypatch.setattr(passes, "_core", None)
+    monkeypatch.setattr(cpu_ops, "_core", None)
     plain = run(qkv, out_grad, hidden, keep, probability)
     truth = run(qkv.double(), out_grad.double(), hidden, keep, probability)
     for ours, theirs, exact in zip(got, plain, truth, strict=True):
@@ -139,7 +140,7 @@ def test_flat_and_sharp_weights(monkeypatch: pytest.MonkeyPatch, isa: str, scale
 @pytest.mark.parametrize("part", [0, 1, 2])
 def test_a_nan_comes_through(monkeypatch: pytest.MonkeyPatch, isa: str, part: int) -> None:
     """Of token 5, to all outputs that see it; as in torch, others may catch it too."""
-    monkeypatch.setattr(passes, "_core", OneIsa(isa))
+    monkeypatch.setattr(cpu_ops, "_core", OneIsa(isa))
     qkv = normal(0, 1, 40, 3, 1, 8)
     qkv[0, 5, part, 0, 2] = torch.nan
     out = self_attention(qkv, causal(40), None, 0.0)[0, :, 0]
@@ -179,7 +180,7 @@ def test_a_pass_drops_the_same_weights_with_and_without_the_core(
     monkeypatch: pytest.MonkeyPatch, bfloat16: bool
 ) -> None:
     core = OneIsa("auto")
-    monkeypatch.setattr(passes, "_core", core)
+    monkeypatch.setattr(cpu_ops, "_core", core)
     fast, again = losses_and_gradients(bfloat16), losses_and_gradients(bfloat16)
     for kernel, count in (
         ("attention", 2),
@@ -187,7 +188,7 @@ def test_a_pass_drops_the_same_weights_with_and_without_the_core(
         ("norm", 4),
     ):  # of two layers, in two passes
         assert core.calls[f"train_{kernel}"] == core.calls[f"train_{kernel}_grad"] == 2 * count
-    monkeypatch.setattr(passes, "_core", None)
+    monkeypatch.setattr(cpu_ops, "_core", None)
     plain = losses_and_gradients(bfloat16)
     size = max(float(x.abs().max()) for x in plain.values())
     for name, x in fast.items():
@@ -198,7 +199,7 @@ def test_a_pass_drops_the_same_weights_with_and_without_the_core(
 
 def test_what_the_core_does_not_take_goes_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     core = OneIsa("auto") if _core is not None else None
-    monkeypatch.setattr(passes, "_core", core)
+    monkeypatch.setattr(cpu_ops, "_core", core)
     for qkv in (
         normal(0, 1, 9, 3, 2, 8).double(),
         normal(0, 1, 9, 3, 2, 129),

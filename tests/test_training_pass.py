@@ -11,16 +11,9 @@ from tiny import tiny_model
 from torch import Tensor
 
 from tt_fast.model import TrajectoryTransformer
-from tt_fast.training import passes as training_pass
-from tt_fast.training.passes import (
-    Batch,
-    DropoutMasks,
-    ParallelPasses,
-    attention,
-    even_passes,
-    linear,
-    pass_losses,
-)
+from tt_fast.training import cpu_ops
+from tt_fast.training.cpu_ops import DropoutMasks, attention, linear
+from tt_fast.training.passes import Batch, ParallelPasses, even_passes, pass_losses
 
 NO_DROPOUT = {"embed_dropout": 0.0, "residual_dropout": 0.0, "attention_dropout": 0.0}
 
@@ -57,9 +50,9 @@ def assert_as_exact(fast: Tensor, plain: Tensor, truth: Tensor) -> None:
 def test_losses_and_gradients_are_the_models(
     monkeypatch: pytest.MonkeyPatch, bfloat16: bool, goal_conditioned: bool, onednn: bool
 ) -> None:
-    if onednn and not training_pass._has_onednn():
+    if onednn and not cpu_ops._has_onednn():
         pytest.skip("this torch has no oneDNN")
-    monkeypatch.setattr(training_pass, "_ONEDNN", onednn)
+    monkeypatch.setattr(cpu_ops, "_ONEDNN", onednn)
     model = tiny_model(goal_conditioned=goal_conditioned, **NO_DROPOUT).train()
     exact = copy.deepcopy(model).double()
     tokens, targets, mask, goal = batch(model)
@@ -143,7 +136,7 @@ def test_attention_passes_a_gradient_check() -> None:
         )
 
 
-@pytest.mark.skipif(not training_pass._has_onednn(), reason="this torch has no oneDNN")
+@pytest.mark.skipif(not cpu_ops._has_onednn(), reason="this torch has no oneDNN")
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 7), (159, 128, 384), (97, 512, 128)])
 def test_products_of_onednn_are_products(shape: tuple[int, int, int]) -> None:
     rows, width, out = shape

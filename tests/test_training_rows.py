@@ -12,8 +12,8 @@ from one_isa import OneIsa
 from torch import Tensor, nn
 
 from tt_fast.planning.cpu import _core, available_isas
-from tt_fast.training import passes
-from tt_fast.training.passes import DropoutMasks, add_norm, gelu
+from tt_fast.training import cpu_ops
+from tt_fast.training.cpu_ops import DropoutMasks, add_norm, gelu
 
 isas = pytest.mark.parametrize("isa", available_isas())
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -58,17 +58,17 @@ def test_gelu(
 ) -> None:
     x, out_grad = (scale * normal(size, 3, size)).to(dtype), normal(9, 3, size).to(dtype)
     core = OneIsa(isa)
-    monkeypatch.setattr(passes, "_core", core)
+    monkeypatch.setattr(cpu_ops, "_core", core)
     got = run_gelu(x, out_grad)
     assert core.calls == {"train_gelu": 1, "train_gelu_grad": 1}
-    monkeypatch.setattr(passes, "_core", None)
+    monkeypatch.setattr(cpu_ops, "_core", None)
     plain, truth = run_gelu(x, out_grad), run_gelu(x.double(), out_grad.double())
     assert_as_exact(got, plain, truth)
 
 
 @isas
 def test_gelu_far_out(monkeypatch: pytest.MonkeyPatch, isa: str) -> None:
-    monkeypatch.setattr(passes, "_core", OneIsa(isa))
+    monkeypatch.setattr(cpu_ops, "_core", OneIsa(isa))
     x, cdf = torch.tensor([-1e18, -40.0, 40.0, 1e18]), torch.tensor([0.0, 0.0, 1.0, 1.0])
     out, grad = run_gelu(x, torch.ones(4))
     for found in (out / x, grad):
@@ -119,10 +119,10 @@ def test_a_branch_and_its_norm(
         norm.bias.copy_(normal(5, width))
     keep = DropoutMasks(6).keep((2, rows, width), 0.3) if dropout else None
     core = OneIsa(isa)
-    monkeypatch.setattr(passes, "_core", core)
+    monkeypatch.setattr(cpu_ops, "_core", core)
     got = run_add_norm(x, y, keep, norm, grads)
     assert core.calls == {"train_norm": 1, "train_norm_grad": 1}
-    monkeypatch.setattr(passes, "_core", None)
+    monkeypatch.setattr(cpu_ops, "_core", None)
     plain = run_add_norm(x, y, keep, norm, grads)
     truth = run_add_norm(x.double(), y.double(), keep, norm.double(), [g.double() for g in grads])
     assert got[1].dtype == dtype  # as the product behind it takes it under autocast
@@ -136,7 +136,7 @@ def test_one_of_the_outputs_may_go_unused(monkeypatch: pytest.MonkeyPatch, isa: 
     for used in (0, 1):
         found = []
         for core in (OneIsa(isa), None):
-            monkeypatch.setattr(passes, "_core", core)
+            monkeypatch.setattr(cpu_ops, "_core", core)
             left, right = x.clone().requires_grad_(), y.clone().requires_grad_()
             (add_norm(left, right, None, 0.0, norm)[used] * normal(2, 4, 9)).sum().backward()
             found.append((left.grad, right.grad))
@@ -145,7 +145,7 @@ def test_one_of_the_outputs_may_go_unused(monkeypatch: pytest.MonkeyPatch, isa: 
 
 def test_what_the_core_does_not_take_goes_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     core = OneIsa("auto") if _core is not None else None
-    monkeypatch.setattr(passes, "_core", core)
+    monkeypatch.setattr(cpu_ops, "_core", core)
     for x in (normal(0, 2, 4).double(), normal(0, 0, 4)):
         assert torch.equal(gelu(x), nn.functional.gelu(x))
         norm = nn.LayerNorm(4).to(x.dtype)
@@ -167,7 +167,7 @@ def test_masks_are_numpys(
     def draw(cores: list[Any]) -> list[Tensor]:
         masks, drawn = DropoutMasks(1, 2, 3), []
         for core in cores:
-            monkeypatch.setattr(passes, "_core", core)
+            monkeypatch.setattr(cpu_ops, "_core", core)
             drawn.append(masks.keep((size,), probability))
         return drawn
 
