@@ -187,7 +187,11 @@ def test_training_on_a_file_equals_training_in_memory(tmp_path: Path, vocab_size
 def test_a_run_may_go_on_with_its_tokens_elsewhere(tmp_path: Path) -> None:
     for epochs, storage in ((0.3, "memory"), (0.6, "file")):
         config = tiny_train_config(max_epochs=epochs, token_storage=storage)
-        train(tiny_dataset(), tiny_model_config(), config, tmp_path, resume=True, progress=False)
+        moved = train(
+            tiny_dataset(), tiny_model_config(), config, tmp_path, resume=True, progress=False
+        )
+    whole = train(tiny_dataset(), tiny_model_config(), config, tmp_path / "whole", progress=False)
+    assert moved.metadata["step"] == whole.metadata["step"] > 0
 
 
 def test_nothing_is_left_of_a_file_that_could_not_be_written(

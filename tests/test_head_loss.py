@@ -415,7 +415,7 @@ def test_autocast_rounds_the_products_and_nothing_else() -> None:
     batch = batch_of(model, num_windows=8)
     with torch.autocast(DEVICE.type, torch.bfloat16):
         got, plain = fused_loss.token_losses(model, *batch), model.token_losses(*batch)
-        x = fused_loss._before_heads(model, batch[0], batch[2])
+        x = model._features(batch[0], batch[2])
     rounded = Case(
         x.detach().bfloat16(), model.head.weight.detach().bfloat16(), batch[1],
         torch.ones(batch[1].shape, device=DEVICE),

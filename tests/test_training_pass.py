@@ -100,7 +100,7 @@ def plain_losses(model: TrajectoryTransformer, masks: list[Tensor], data: tuple)
         x = x + drop(block.attn.proj(y), config.residual_dropout)
         h = torch.nn.functional.gelu(block.mlp[0](block.ln2(x)))
         x = x + drop(block.mlp[2](h), config.residual_dropout)
-    logits = model._logits(x[:, goal_len:])
+    logits = model._logits(model.ln_f(x)[:, goal_len:])
     losses = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), targets.flatten(), reduction="none"
     )

@@ -34,6 +34,24 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     _flush_to_disk(path.parent)
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Write a UTF-8 file whole, as `atomic_write` does."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def make_output_dir(path: Path) -> None:
+    """Make the folder a user named as output_dir, unless it exists.
+
+    Raises:
+        ValueError: its path names a file, or runs through one.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(f"output_dir: expected a folder or a new name: {error}") from error
+
+
 def is_new_or_empty(path: Path) -> bool:
     """Nothing is lost if a folder is made at `path`."""
     return not path.exists() or (path.is_dir() and not any(path.iterdir()))

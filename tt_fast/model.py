@@ -140,11 +140,7 @@ class TrajectoryTransformer(nn.Module):
         Raises:
             ValueError: too long, a token out of range, or a goal that is missing or not wanted.
         """
-        x = self._embed(tokens, goal)
-        mask = self._mask[: x.shape[1], : x.shape[1]]
-        for block in self.blocks:
-            x = block(x, mask)
-        return self._logits(x[:, self.config.goal_len :])
+        return self._logits(self._features(tokens, goal))
 
     def loss(
         self, tokens: Tensor, targets: Tensor, mask: Tensor, goal: Tensor | None = None
@@ -244,10 +240,19 @@ class TrajectoryTransformer(nn.Module):
         last = config.vocab_size * config.transition_dim
         return torch.where(is_stop, last, tokens + dims * config.vocab_size)
 
-    def _logits(self, x: Tensor) -> Tensor:
+    def _features(self, tokens: Tensor, goal: Tensor | None) -> Tensor:
+        """(B, T, E): what the heads see, after the last LayerNorm, the goal's tokens left out."""
+        x = self._embed(tokens, goal)
+        mask = self._mask[: x.shape[1], : x.shape[1]]
+        for block in self.blocks:
+            x = block(x, mask)
+        features: Tensor = self.ln_f(x[:, self.config.goal_len :])
+        return features
+
+    def _logits(self, features: Tensor) -> Tensor:
         """(B, T, E) -> (B, T, V + 1), each position by its dimension's head."""
-        num_tokens, transition_dim = x.shape[1], self.config.transition_dim
-        x = F.pad(self.ln_f(x), (0, 0, 0, -num_tokens % transition_dim))
+        num_tokens, transition_dim = features.shape[1], self.config.transition_dim
+        x = F.pad(features, (0, 0, 0, -num_tokens % transition_dim))
         logits: Tensor = self.head(x.reshape(-1, transition_dim, x.shape[-1]))
         return logits.reshape(len(x), x.shape[1], -1)[:, :num_tokens]
 

@@ -24,7 +24,7 @@ from tt_fast import markup
 from tt_fast.checkpoint import Checkpoint
 from tt_fast.config import TOKEN_KINDS, config_to_dict
 from tt_fast.data.episodes import OfflineDataset
-from tt_fast.files import atomic_write, to_json
+from tt_fast.files import atomic_write, to_json, write_text
 from tt_fast.planning.planner import VALUE_PLACEHOLDER
 from tt_fast.plots import plot_attention, plot_imagined, plot_losses, plot_returns
 from tt_fast.results import EpisodeRecord, EvalResult, mean_text, plan_text
@@ -70,11 +70,9 @@ def write_report(folder: str | Path, report: Report) -> Path:
         figures[name] = folder / "figures" / f"{name}.png"
         with atomic_write(figures[name]) as temporary:
             figure.savefig(temporary, dpi=_FIGURE_DPI)
-    with atomic_write(folder / "results.json") as temporary:
-        temporary.write_text(to_json(_results(report)), encoding="utf-8")
+    write_text(folder / "results.json", to_json(_results(report)))
     page = folder / "report.html"
-    with atomic_write(page) as temporary:
-        temporary.write_text(_page(report, figures), encoding="utf-8")
+    write_text(page, _page(report, figures))
     return page
 
 

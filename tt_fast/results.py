@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from tt_fast.config import PlanConfig, config_to_dict
 from tt_fast.data.registry import normalized_score
-from tt_fast.files import atomic_write, to_json
+from tt_fast.files import to_json, write_text
 from tt_fast.validate import require
 
 if TYPE_CHECKING:
@@ -108,8 +108,7 @@ class ScoredEpisodes:
 
     def save(self, path: str | Path) -> None:
         """Write `to_dict()` as a JSON file, whole or not at all."""
-        with atomic_write(path) as temporary:
-            temporary.write_text(to_json(self.to_dict()), encoding="utf-8")
+        write_text(path, to_json(self.to_dict()))
 
     def __str__(self) -> str:
         count = f"{len(self.returns)} episode{'s' if len(self.returns) > 1 else ''}"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from tt_fast.commands.base import Command
-from tt_fast.files import atomic_write, to_json
+from tt_fast.files import atomic_write, to_json, write_text
 from tt_fast.validate import require, require_choice, require_int, require_number
 
 if TYPE_CHECKING:
@@ -195,13 +195,13 @@ class Bench(Command):
         tables = {"backends": self.backend_rows, "returns": self.return_rows}
         values = {name: [row.to_dict() for row in rows] for name, rows in tables.items()}
         if self.json is not None:
-            _write(self.json, to_json({"machine": self.machine, **values}))
+            write_text(self.json, to_json({"machine": self.machine, **values}))
         if self.csv is not None:
             from tt_fast.tables import csv_text
 
             where = {key: self.machine[key] for key in ("processor", "num_threads", "isa")}
             rows = [{"table": name, **row, **where} for name in values for row in values[name]]
-            _write(self.csv, csv_text(rows))
+            write_text(self.csv, csv_text(rows))
 
 
 def _say(line: str) -> None:
@@ -209,11 +209,6 @@ def _say(line: str) -> None:
     from tqdm.auto import tqdm
 
     tqdm.write(line)
-
-
-def _write(path: Path, text: str) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 def _save_plot(path: Path, rows: Sequence[ReturnRow]) -> None:

@@ -285,7 +285,7 @@ class TrajectoryTransformerModel(nn.Module):
                 maps.append(block.attn.weights(block.ln1(x), mask))
             x = block(x, mask)
             states.append(x)
-        logits = ours._logits(x)
+        logits = ours._logits(ours.ln_f(x))
         loss = None if targets is None else _loss(ours, logits, targets, attention_mask)
         output = TrajectoryTransformerOutput(
             loss,

@@ -15,6 +15,7 @@ import torch
 
 from tt_fast.config import PlanConfig
 from tt_fast.discretizer import Discretizer, Tokens
+from tt_fast.kernels.machine import MIN_CAPABILITY, is_interpreted
 from tt_fast.model import TrajectoryTransformer
 from tt_fast.planning.base import BeamPlan, Draws, ValueFn
 from tt_fast.planning.cached import TorchBackend
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
     from tt_fast.kernels.layout import ModelShape, PlanShape, Weights
     from tt_fast.planning.cuda_session import Session
 
-#: Compute capability from which on bfloat16 matrix units exist.
-MIN_CAPABILITY = (8, 0)
 #: Sizes of plans whose memory and graph are kept.
 MAX_SESSIONS = 8
 #: Offsets inside one layer's keys are 32-bit.
@@ -45,15 +44,6 @@ def why_unavailable() -> str | None:
     if capability < MIN_CAPABILITY:
         return f"the GPU has compute capability {capability}, and 8.0 is needed"
     return None
-
-
-def is_interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on the processor."""
-    from triton.runtime.interpreter import InterpretedFunction
-
-    from tt_fast.kernels.select import rank_kernel
-
-    return isinstance(rank_kernel, InterpretedFunction)
 
 
 class CudaBackend(TorchBackend):

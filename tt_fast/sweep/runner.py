@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from tt_fast.files import to_json
+from tt_fast.files import to_json, write_text
 from tt_fast.planning.cpu import available_cpus
 from tt_fast.sweep.trial import (
     FailedAttempt,
@@ -25,7 +25,6 @@ from tt_fast.sweep.trial import (
     attempt,
     read_result,
     write_error,
-    write_text,
 )
 from tt_fast.validate import require, require_int, require_number
 

@@ -23,9 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tt_fast.config import TOKEN_KINDS
 from tt_fast.data import OfflineDataset, load_dataset
-from tt_fast.files import atomic_write
+from tt_fast.files import atomic_write, make_output_dir
 from tt_fast.results import ScoredEpisodes, mean_text
 from tt_fast.selection import require_playable
 from tt_fast.sweep.runner import Cluster, SweepRecord, TrialFailure, TrialRunner, import_ray
@@ -239,17 +241,14 @@ def _digest(dataset: OfflineDataset) -> str:
     """SHA-256 of all rows."""
     digest = hashlib.sha256()
     for key in ("observations", "actions", "rewards", "terminations", "truncations"):
-        digest.update(getattr(dataset, key).tobytes())
+        digest.update(np.ascontiguousarray(getattr(dataset, key)).data)  # without a copy
     return digest.hexdigest()
 
 
 @contextlib.contextmanager
 def _locked(output_dir: Path) -> Iterator[None]:
     """Nobody else runs a sweep in this folder; the lock goes with its process."""
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise ValueError(f"output_dir: expected a folder or a new name: {error}") from error
+    make_output_dir(output_dir)
     with (output_dir / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

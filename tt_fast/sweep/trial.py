@@ -22,7 +22,7 @@ from tt_fast.checkpoint import Checkpoint
 from tt_fast.config import TOKEN_KINDS, ModelConfig, PlanConfig, TrainConfig, config_to_dict
 from tt_fast.data import OfflineDataset, load_dataset
 from tt_fast.evaluate import evaluate
-from tt_fast.files import atomic_write, to_json
+from tt_fast.files import to_json, write_text
 from tt_fast.planning import Planner
 from tt_fast.planning.search import BACKENDS
 from tt_fast.results import EvalResult, ScoredEpisodes, mean_text
@@ -267,12 +267,6 @@ def _play(checkpoint: Checkpoint, play: PlayConfig, num_threads: int) -> EvalRes
 def write_error(folder: Path, text: str) -> None:
     """Keep why an attempt failed."""
     write_text(folder / "error.txt", text)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file, whole or not at all."""
-    with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:

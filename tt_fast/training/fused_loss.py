@@ -13,14 +13,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tt_fast.kernels.machine import MIN_CAPABILITY, is_interpreted
 from tt_fast.model import TrajectoryTransformer
 from tt_fast.validate import require
 
 if TYPE_CHECKING:
     from tt_fast.kernels.head_loss import HeadShape
-
-#: Compute capability from which on bfloat16 matrix units exist.
-MIN_CAPABILITY = (8, 0)
 
 _FLOATS = (torch.float32, torch.bfloat16)
 
@@ -49,7 +47,7 @@ def token_losses(
     model._check_tokens("targets", targets)
     shape = tuple(tokens.shape)
     require(targets.shape == tokens.shape, "targets", f"shape {shape}", tuple(targets.shape))
-    x = _before_heads(model, tokens, goal)
+    x = model._features(tokens, goal)
     device = x.device.type
     rounds = torch.is_autocast_enabled(device) and (
         torch.get_autocast_dtype(device) == torch.bfloat16
@@ -86,15 +84,6 @@ def _why_not_on(device: torch.device) -> str | None:
     return None
 
 
-def is_interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on the processor."""
-    from triton.runtime.interpreter import InterpretedFunction
-
-    from tt_fast.kernels.head_loss import head_loss_kernel
-
-    return isinstance(head_loss_kernel, InterpretedFunction)
-
-
 def head_loss(x: Tensor, weight: Tensor, targets: Tensor, *, bfloat16: bool = False) -> Tensor:
     """Cross-entropy of each target by the head of its position, with gradients.
 
@@ -118,16 +107,6 @@ def head_loss(x: Tensor, weight: Tensor, targets: Tensor, *, bfloat16: bool = Fa
     rounds = bfloat16 or torch.bfloat16 in (x.dtype, weight.dtype)
     losses: Tensor = _HeadLoss.apply(x, weight, targets, rounds)  # type: ignore[no-untyped-call]
     return losses
-
-
-def _before_heads(model: TrajectoryTransformer, tokens: Tensor, goal: Tensor | None) -> Tensor:
-    """(B, T, E) after the last LayerNorm, as `TrajectoryTransformer.forward` computes it."""
-    x = model._embed(tokens, goal)
-    mask = model._mask[: x.shape[1], : x.shape[1]]
-    for block in model.blocks:
-        x = block(x, mask)
-    normed: Tensor = model.ln_f(x[:, model.config.goal_len :])
-    return normed
 
 
 def _check(x: Tensor, weight: Tensor, targets: Tensor) -> None:

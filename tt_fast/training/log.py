@@ -10,7 +10,7 @@ from typing import Any, TextIO
 from tensorboardX import SummaryWriter
 
 from tt_fast.config import TOKEN_KINDS
-from tt_fast.files import atomic_write
+from tt_fast.files import atomic_write, write_text
 
 LOSS_NAMES = ("loss", *(f"loss_{kind}" for kind in TOKEN_KINDS))
 COLUMNS = ("step", "tokens", *LOSS_NAMES, "learning_rate", "tokens_per_second")
@@ -119,8 +119,7 @@ def start_wandb(project: str, run_folder: Path, config: Mapping[str, Any], *, re
         project=project, name=run_folder.name, dir=str(run_folder), config=dict(config),
         id=run_id, resume="allow",
     )  # fmt: skip
-    with atomic_write(id_file) as temporary:
-        temporary.write_text(f"{run.id}\n", encoding="utf-8")
+    write_text(id_file, f"{run.id}\n")
     return run
 
 

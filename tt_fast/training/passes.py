@@ -184,7 +184,7 @@ def pass_losses(
     normed = blocks[0].ln1(x)
     for block, norm in zip(blocks, [*(b.ln1 for b in blocks[1:]), model.ln_f], strict=True):
         x, normed = _block(block, x, normed, hidden, masks, norm)
-    logits = _logits(model, normed[:, config.goal_len :])
+    logits = model._logits(normed[:, config.goal_len :])
     if logits.dtype == torch.bfloat16:
         logits = logits.float()
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
@@ -231,11 +231,3 @@ def _block(
     assert isinstance(down, nn.Linear)
     y = linear(gelu(linear(normed, up.weight, up.bias)), down.weight, down.bias)
     return add_norm(x, y, keep_mask(masks, x.shape, drop), drop, next_norm)
-
-
-def _logits(model: TrajectoryTransformer, normed: Tensor) -> Tensor:
-    """(B, T, E) -> (B, T, V + 1), as the model does behind its last LayerNorm."""
-    num_tokens, transition_dim = normed.shape[1], model.config.transition_dim
-    x = F.pad(normed, (0, 0, 0, -num_tokens % transition_dim))
-    logits: Tensor = model.head(x.reshape(-1, transition_dim, x.shape[-1]))
-    return logits.reshape(len(x), x.shape[1], -1)[:, :num_tokens]

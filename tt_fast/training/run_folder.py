@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tt_fast.files import atomic_folder
+from tt_fast.files import atomic_folder, make_output_dir
 
 _KEPT_CHECKPOINTS = 2
 
@@ -26,10 +26,7 @@ def prepare_run_folder(run_folder: Path) -> None:
         ValueError: its path names a file, or runs through one.
     """
     checkpoints = run_folder / "checkpoints"
-    try:
-        checkpoints.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise ValueError(f"output_dir: expected a folder or a new name: {error}") from error
+    make_output_dir(checkpoints)
     for old in [*checkpoints.glob(".step_*.old"), *run_folder.glob(".best.old")]:
         replaced = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
         if not replaced.exists():
