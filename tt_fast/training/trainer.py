@@ -100,11 +100,13 @@ class Trainer:
         )  # fmt: skip
         self.model.train()
         with contextlib.ExitStack() as ending:
+            # left last: what ended the run is told even if a signal comes while files are closed
+            interrupt = ending.enter_context(deferred_interrupt())
             ending.callback(self.gradients.close)
             ending.callback(bar.close)
-            log = self._open_log(output_dir, wandb_project)
+            with interrupt.at_once():
+                log = self._open_log(output_dir, wandb_project)
             ending.callback(log.close)
-            interrupt = ending.enter_context(deferred_interrupt())
             self._run_steps(output_dir, log, bar, interrupt)
             if self.stopping or interrupt.happened:
                 raise KeyboardInterrupt
