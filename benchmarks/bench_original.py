@@ -1,10 +1,12 @@
 """The original's own code beside ours: the same weights, the same context, turn by turn.
 
     python benchmarks/bench_original.py --original PATH [--task hopper] [--setting H5-B32x2]
+    python benchmarks/bench_original.py --original PATH --checkpoint RUN
 
-PATH is a checkout of jannerm/trajectory-transformer. Ours must first return its greedy plan, token
-for token; sampled plans draw from other generators. One plan of the original takes seconds to
-minutes.
+PATH is a checkout of jannerm/trajectory-transformer; RUN a trained model, whose contexts are those
+of an episode in its environment, in place of random weights. Ours must first return the original's
+greedy plan, token for token; sampled plans draw from other generators. One plan of the original
+takes seconds to minutes.
 """
 
 from __future__ import annotations
@@ -24,13 +26,14 @@ import torch
 from common import Row, Work, make_row, plan_config, write_rows
 from torch import Tensor
 
-from tt_fast import ModelConfig, PlanConfig, TrajectoryTransformer
+from tt_fast import Checkpoint, ModelConfig, PlanConfig, TrajectoryTransformer, tradeoff
 from tt_fast.bench import SETTINGS, TASKS, make_case
 from tt_fast.compat.jannerm import beam_plan as compat_beam_plan
 from tt_fast.config import DEFAULT_DISCOUNT, Precision
 from tt_fast.measure import Case, Ceiling, RowCount, count_rows, first_norm, rows_asked
 from tt_fast.planning.cpu import CpuBackend, available_cpus
 from tt_fast.tables import Column, head_line, row_line, short
+from tt_fast.tradeoff import PlayOptions
 
 DTYPES: tuple[Precision, ...] = ("float32", "bfloat16")
 
@@ -140,9 +143,9 @@ def main() -> None:
     original = Original(options.original)
     rows: list[Row] = []
     print(head_line(COLUMNS))
-    for task in options.task:
+    for case in cases(options):
         for setting in options.setting:
-            for row in bench(original, task, setting, options):
+            for row in bench(original, case, setting, options):
                 rows.append(row)
                 print(row_line(COLUMNS, (row, rows[_first(rows, row)].median_ms)), flush=True)
             if options.csv is not None:
@@ -155,6 +158,8 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--original", type=Path, required=True, help="a checkout of jannerm/trajectory-transformer")
     add("--task", nargs="+", choices=list(TASKS), default=list(TASKS))
+    add("--checkpoint", type=Path, help="a run folder or checkpoint in place of the tasks")
+    add("--env-id", help="of its contexts (default: the environment of its dataset)")
     add("--setting", nargs="+", default=list(SETTINGS), help="names such as H15-B128x2")
     add("--rounds", type=int, default=3, help="plans of the original; ours run between them")
     add("--repeats", type=int, default=10, help="plans of ours per round and dtype")
@@ -163,20 +168,30 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def cases(options: argparse.Namespace) -> Iterator[Case]:
+    """The trained model, or the tasks' models with random weights."""
+    if options.checkpoint is None:
+        yield from map(make_case, options.task)
+    else:
+        checkpoint = Checkpoint.load(options.checkpoint)
+        play = PlayOptions(env_id=options.env_id, num_threads=options.threads, progress=False)
+        yield tradeoff.make_case(checkpoint, play)
+
+
 def bench(
-    original: Original, task: str, setting: str, options: argparse.Namespace
+    original: Original, case: Case, setting: str, options: argparse.Namespace
 ) -> Iterator[Row]:
-    """Rows of one task and setting: the original, ours, and for hopper ours without a crop."""
-    case, config = make_case(task), plan_config(setting)
+    """Rows of one model and setting: the original, ours, and for hopper ours without a crop."""
+    config = plan_config(setting)
     check_greedy(original, case, config, options.threads)
-    names = {"op": "plan", "task": task, "setting": setting}
+    names = {"op": "plan", "task": case.name, "setting": setting}
     gpt = original.load(case.model)
     with count_rows(first_norm(gpt)) as count:
         engines = [original_engine(original, gpt, case, config, names, count)]
         engines += [our_engine(case, config, dtype, names, options) for dtype in DTYPES]
         if options.threads == available_cpus():  # all that its signature knows
             engines.append(compat_engine(original, gpt, case, config, names, options))
-        if task == "hopper" and _context_len(case) + config.horizon <= GROW_TRANSITIONS:
+        if case.name == "hopper" and _context_len(case) + config.horizon <= GROW_TRANSITIONS:
             engines += grow_engines(original, config, names, options)
         peaks = {dtype: Ceiling(dtype, options.threads) for dtype in DTYPES}
         for _ in range(options.rounds):
