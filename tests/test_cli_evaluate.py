@@ -134,3 +134,111 @@ def test_evaluate_names_a_missing_environment(capsys, tmp_path):
     assert shown.startswith("env_id: expected a Gymnasium id, as the checkpoint names none")
     shown = refuse(capsys, "evaluate", folder, "--env-id", "CartPole-v1", "--no-progress")
     assert shown == "action_space of CartPole-v1: expected a 1-D Box, got Discrete(2)"
+
+
+# ---- going on with a file ----
+
+
+def played(path):
+    """Of every result in a file: checkpoint, seed, returns."""
+    results = json.loads(path.read_text())["results"]
+    return [(result["checkpoint"], result["seed"], result["returns"]) for result in results]
+
+
+def test_resume_plays_what_is_missing(capsys, tmp_path, model, monkeypatch):
+    other = save_model(tmp_path / "other")
+    argv = ["evaluate", model, other, "--episodes", 2, "--no-progress", *BEAM]
+    whole, parts = tmp_path / "whole.json", tmp_path / "parts.json"
+    run(*argv, "--seeds", 0, 10, "--out", whole)
+    # nothing to go on with; then one of two seeds, by another path of the same model
+    first = ["evaluate", model / ".." / model.name, *argv[3:], "--out", parts, "--resume"]
+    run(*first, "--seeds", 10)
+    capsys.readouterr()
+    run(*argv, "--seeds", 0, 10, "--out", parts, "--resume")
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0].startswith(
+        f"{model}, seed 10, from {parts}: {TOY}, dataset toy-data, 2 episodes"
+    )
+    assert [line.split(": ")[0] for line in shown[1:]] == [
+        f"{model}, seed 0",
+        f"{other}, seed 0",
+        f"{other}, seed 10",
+        "all",
+    ]
+    assert sorted(row[1:] for row in played(parts)) == sorted(row[1:] for row in played(whole))
+    mean = json.loads(whole.read_text())["mean_return"]
+    assert json.loads(parts.read_text())["mean_return"] == pytest.approx(mean)
+    # all is there: nothing is played, the file stays as it is
+    monkeypatch.setattr(Planner, "act", ctrl_c)
+    before = parts.read_bytes()
+    run(*argv, "--seeds", 0, 10, "--out", parts, "--resume")
+    assert parts.read_bytes() == before
+    assert capsys.readouterr().out.splitlines()[-1] == shown[-1]
+
+
+def test_resume_plays_again_what_was_interrupted(tmp_path, model, monkeypatch):
+    argv = ["evaluate", model, "--seeds", 0, 5, "--episodes", 3, "--no-progress", *BEAM]
+    whole, parts = tmp_path / "whole.json", tmp_path / "parts.json"
+    run(*argv, "--out", whole)
+    first, second = json.loads(whole.read_text())["results"]
+    in_an_episode = sum(first["lengths"]) + second["lengths"][0] + 1
+    with monkeypatch.context() as patch:
+        act, calls = Planner.act, []
+
+        def interrupted_act(self, *args):
+            calls.append(self)
+            if len(calls) == in_an_episode:
+                raise KeyboardInterrupt
+            return act(self, *args)
+
+        patch.setattr(Planner, "act", interrupted_act)
+        run(*argv, "--out", parts, status=130)
+    assert json.loads(parts.read_text())["results"][-1]["interrupted"]
+    run(*argv, "--out", parts, "--resume")
+    assert played(parts) == played(whole)
+
+
+def test_resume_refuses_what_cannot_be_pooled(capsys, tmp_path, model):
+    out, other = tmp_path / "result.json", save_model(tmp_path / "other", step=9)
+    argv = ["evaluate", model, "--episodes", 2, "--no-progress", "--out", out, "--resume", *BEAM]
+    run(*argv, "--seeds", 4)
+    before = out.read_bytes()
+    capsys.readouterr()
+
+    def refused(*more):
+        return refuse(capsys, *argv, *more).replace(str(out), "OUT")
+
+    assert (
+        refused("--seeds", 3) == "seeds: expected one whose episodes are all or none in OUT, got 3"
+    )
+    assert refused("--plan-freq", 2) == "plan_freq: expected 1, as in OUT, got 2"
+    assert refused("--max-steps", 7) == "max_steps: expected None, as in OUT, got 7"
+    assert refused("--no-prefix-context") == "prefix_context: expected True, as in OUT, got False"
+    shown = refused("--horizon", 1)
+    assert shown.startswith("plan_config: expected PlanConfig(horizon=2, ")
+    elsewhere = ["evaluate", other, *argv[2:]]
+    shown = refuse(capsys, *elsewhere)
+    assert shown == f"resume: expected results of {other} in {out}, got 'one of {model}'"
+    save_model(tmp_path / "newer", step=9)
+    model.rename(tmp_path / "older")
+    (tmp_path / "newer").rename(model)  # the run went on
+    assert refused("--seeds", 4) == "checkpoint_step: expected 5, as in OUT, got 9"
+    assert out.read_bytes() == before
+
+
+def test_resume_needs_a_file_of_results(capsys, tmp_path, model):
+    argv = ["evaluate", model, "--no-progress", "--resume", *BEAM]
+    message = "out: expected the file to go on with, as --resume is given, got None"
+    assert refuse(capsys, *argv) == message
+    out = tmp_path / "result.json"
+    for text, message in [
+        ("{", f"{out}: expected JSON: "),
+        ("[]", f"{out}: expected a JSON object, got list"),
+        ("{}", f"{out}: expected a list of results, got None"),
+        ('{"results": []}', f"{out}: expected results of evaluations: results: expected at least"),
+        ('{"results": [3]}', f"{out}: expected results of evaluations: "),
+        ('{"results": [{"env_id": "e"}]}', f"{out}: expected results of evaluations: "),
+    ]:
+        out.write_text(text)
+        assert refuse(capsys, *argv, "--out", out).startswith(message)
+        assert out.read_text() == text

@@ -340,6 +340,7 @@ def test_aggregate_pools_all_episodes(tmp_path):
     saved = json.loads((tmp_path / "summary.json").read_text())
     assert saved["num_results"] == 2
     assert [result["seed"] for result in saved["results"]] == [0, 10]
+    assert EvalSummary.load(tmp_path / "summary.json") == summary
     assert str(summary) == "Hopper-v4, dataset d, 3 episodes: return 130.0 ± 17.3, score 65.0 ± 8.7"
 
 
@@ -352,6 +353,7 @@ def test_aggregate_pools_all_episodes(tmp_path):
         {"plan_config": PlanConfig(horizon=5)},
         {"plan_freq": 2},
         {"max_steps": 100},
+        {"deadline_ms": 50.0},
     ],
 )
 def test_aggregate_refuses_different_settings(change):

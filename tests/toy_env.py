@@ -61,6 +61,7 @@ class ScriptedPlanner:
     backend_name = "scripted"
     plan_freq = 1
     prefix_context = True
+    deadline_ms = None
 
     def __init__(self, num_envs: int | None = None, **metadata: Any) -> None:
         config = ModelConfig(OBSERVATION_DIM, ACTION_DIM)

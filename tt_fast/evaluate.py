@@ -201,6 +201,7 @@ class _Rollouts:
             seconds=self._planner_seconds,
             wall_seconds=self._wall_seconds,
             max_steps=self._max_steps,
+            deadline_ms=planner.deadline_ms,
             interrupted=self._interrupted,
             checkpoint_step=metadata.get("step"),
             versions={**origin()["versions"], **engine_versions()},

@@ -1,4 +1,4 @@
-"""Write files and folders whole or not at all: to a temporary name, then rename."""
+"""Write files and folders whole or not at all: to a temporary name, then rename. Read JSON."""
 
 from __future__ import annotations
 
@@ -38,6 +38,21 @@ def write_text(path: str | Path, text: str) -> None:
     """Write a UTF-8 file whole, as `atomic_write` does."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The JSON object in a file of ours.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
+    return values
 
 
 def make_output_dir(path: Path) -> None:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tt_fast.config import PlanConfig, config_to_dict
+from tt_fast.config import PlanConfig, config_from_dict, config_to_dict
 from tt_fast.data.registry import normalized_score
-from tt_fast.files import to_json, write_text
+from tt_fast.files import read_json, to_json, write_text
 from tt_fast.validate import require
 
 if TYPE_CHECKING:
     from tt_fast.planning import ImaginedPlan
+
+Scored = TypeVar("Scored", bound="ScoredEpisodes")
 
 #: What all results of an `EvalSummary` have in common.
 _SETTING = (
@@ -28,6 +31,7 @@ _SETTING = (
     "plan_freq",
     "prefix_context",
     "max_steps",
+    "deadline_ms",
 )
 
 
@@ -106,6 +110,23 @@ class ScoredEpisodes:
             "ref_scores": self.ref_scores and list(self.ref_scores),
         }
 
+    @classmethod
+    def from_dict(cls: type[Scored], values: Mapping[str, Any]) -> Scored:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: something is missing, or is not what `to_dict` writes.
+        """
+        names = {field.name for field in dataclasses.fields(cls)} & set(values)
+        given = {name: _from_json(name, values[name]) for name in names}
+        try:
+            found = cls(**given)
+        except TypeError as error:  # its message names what is missing
+            raise ValueError(f"{cls.__name__}: expected all of its values: {error}") from error
+        is_number = [isinstance(value, (int, float)) for value in found.returns]
+        require(any(is_number) and all(is_number), "returns", "numbers", values["returns"])
+        return found
+
     def save(self, path: str | Path) -> None:
         """Write `to_dict()` as a JSON file, whole or not at all."""
         write_text(path, to_json(self.to_dict()))
@@ -146,6 +167,8 @@ class EvalResult(ScoredEpisodes):
     """Time of planner and environments"""
     max_steps: int | None = None
     """Cap of an episode's steps, if one was set"""
+    deadline_ms: float | None = None
+    """Time for a decision, if one was set; plans then depend on the clock"""
     interrupted: bool = False
     """Ctrl-C: only the finished episodes are here, so short ones are over-represented"""
     checkpoint: str | None = None
@@ -170,6 +193,7 @@ class EvalResult(ScoredEpisodes):
             "lengths": list(self.lengths),
             "terminated": list(self.terminated),
             "max_steps": self.max_steps,
+            "deadline_ms": self.deadline_ms,
             "interrupted": self.interrupted,
             "plan_config": config_to_dict(self.plan_config),
             "plan_freq": self.plan_freq,
@@ -200,6 +224,21 @@ class EvalSummary(ScoredEpisodes):
         """JSON values: the pooled statistics, then every result's own."""
         results = [result.to_dict() for result in self.results]
         return {**super().to_dict(), "num_results": len(results), "results": results}
+
+    @classmethod
+    def load(cls, path: str | Path) -> EvalSummary:
+        """A file that `save` wrote.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: another file.
+        """
+        results = read_json(path).get("results")
+        require(isinstance(results, list), str(path), "a list of results", results)
+        try:
+            return aggregate([EvalResult.from_dict(values) for values in results or []])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: expected results of evaluations: {error}") from error
 
 
 def aggregate(results: Sequence[EvalResult]) -> EvalSummary:
@@ -237,3 +276,10 @@ def plan_text(plan: PlanConfig) -> str:
 def mean_text(mean: float, std_error: float | None) -> str:
     """A mean and, if there is one, its standard error."""
     return f"{mean:,.1f}" if std_error is None else f"{mean:,.1f} ± {std_error:,.1f}"
+
+
+def _from_json(name: str, value: Any) -> Any:
+    """A field of a result: JSON has no tuples and no configs."""
+    if name == "plan_config":
+        return config_from_dict(PlanConfig, value)
+    return tuple(value) if isinstance(value, list) else value

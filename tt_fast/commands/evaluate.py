@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise, product
 from pathlib import Path
@@ -15,11 +15,12 @@ from tt_fast.commands.base import Command
 from tt_fast.config import PlanConfig
 from tt_fast.files import atomic_write
 from tt_fast.presets import check_preset
-from tt_fast.validate import require
+from tt_fast.validate import refuse, require
 
 if TYPE_CHECKING:
     from tt_fast.data import OfflineDataset
     from tt_fast.evaluate import EvalResult
+    from tt_fast.planning import Planner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,9 @@ class Evaluate(Command):
     """Milliseconds for one decision: the best plan found in this time (cpu backend)."""
     out: Path | None = None
     """JSON file to write, after every checkpoint and seed."""
+    resume: bool = False
+    """Keep the finished results in --out, which must be of these models and settings, and play what
+    is missing."""
     video: Path | None = None
     """MP4 to write of the very first episode."""
     histogram: Path | None = None
@@ -77,15 +81,19 @@ class Evaluate(Command):
 
         self._check()
         dataset = self._load_dataset()
-        for folder, seed in product(self.checkpoints, self.seeds):
-            result = self._evaluate(folder, seed, video=None if self.results else self.video)
+        planners = {folder: self._make_planner(folder) for folder in self.checkpoints}
+        self._keep_finished(planners)
+        missing, video = self._missing(), self.video
+        for folder, seed in missing:
+            result = self._evaluate(planners[folder], folder, seed, video)
+            video = None
             self.results.append(result)
             print(f"{folder}, seed {seed}: {result}")
-            summary = aggregate(self.results)
             if self.out is not None:
-                summary.save(self.out)
+                aggregate(self.results).save(self.out)
             if result.interrupted:
                 raise KeyboardInterrupt
+        summary = aggregate(self.results)
         if len(self.results) > 1:
             print(f"all: {summary}")
         if dataset is not None and self.histogram is not None:
@@ -109,10 +117,58 @@ class Evaluate(Command):
         if self.histogram is not None:
             suffix = self.histogram.suffix
             require(suffix in (".png", ".pdf", ".svg"), "histogram", ".png, .pdf or .svg", suffix)
+        out_known = self.out is not None or not self.resume
+        require(out_known, "out", "the file to go on with, as --resume is given", self.out)
         seeds = sorted(self.seeds)
         apart = all(b - a >= self.episodes for a, b in pairwise(seeds))
         wanted = f"numbers at least episodes={self.episodes} apart, as episode j has seed + j"
         require(len(seeds) > 0 and apart, "seeds", wanted, self.seeds)
+
+    def _keep_finished(self, planners: Mapping[Path, Planner]) -> None:
+        """Take over what --out holds, but for what Ctrl-C cut short: there long episodes lack."""
+        if not self.resume or self.out is None or not self.out.exists():
+            return
+        from tt_fast.results import EvalSummary
+
+        for result in EvalSummary.load(self.out).results:
+            folder = next((path for path in planners if _is_of(result, path)), None)
+            wanted = f"results of {', '.join(map(str, planners))} in {self.out}"
+            if folder is None:
+                refuse("resume", wanted, f"one of {result.checkpoint}")
+            self._check_setting(result, planners[folder])
+            if not result.interrupted:
+                self.results.append(result)
+                print(f"{folder}, seed {result.seed}, from {self.out}: {result}")
+
+    def _check_setting(self, result: EvalResult, planner: Planner) -> None:
+        """What was played before can be pooled with what is to be played."""
+        metadata = planner.checkpoint.metadata
+        setting = {
+            "checkpoint_step": metadata.get("step"),
+            "env_id": self.env_id or metadata.get("env_id"),
+            "max_steps": self.max_steps,
+            "deadline_ms": planner.deadline_ms,
+            "plan_freq": planner.plan_freq,
+            "prefix_context": planner.prefix_context,
+            "plan_config": planner.plan_config,
+        }
+        for name, value in setting.items():
+            before = getattr(result, name)
+            require(value == before, name, f"{before!r}, as in {self.out}", value)
+
+    def _missing(self) -> list[tuple[Path, int]]:
+        """Checkpoints and seeds that are still to be played."""
+        missing = []
+        for folder, seed in product(self.checkpoints, self.seeds):
+            mine = [result for result in self.results if _is_of(result, folder)]
+            if any((r.seed, len(r.returns)) == (seed, self.episodes) for r in mine):
+                continue
+            played = {r.seed + j for r in mine for j in range(len(r.returns))}
+            is_new = played.isdisjoint(range(seed, seed + self.episodes))
+            wanted = f"one whose episodes are all or none in {self.out}"
+            require(is_new, "seeds", wanted, seed)
+            missing.append((folder, seed))
+        return missing
 
     def _load_dataset(self) -> OfflineDataset | None:
         if self.histogram is None:
@@ -123,12 +179,11 @@ class Evaluate(Command):
             raise ValueError("dataset: expected a dataset for the histogram, got None")
         return load_dataset(self.dataset)
 
-    def _evaluate(self, folder: Path, seed: int, video: Path | None) -> EvalResult:
+    def _make_planner(self, folder: Path) -> Planner:
         from tt_fast.checkpoint import Checkpoint
-        from tt_fast.evaluate import evaluate
         from tt_fast.planning import Planner
 
-        planner = Planner(
+        return Planner(
             Checkpoint.load(folder),
             self.plan,
             self.backend,
@@ -137,6 +192,12 @@ class Evaluate(Command):
             num_threads=self.threads,
             deadline_ms=self.deadline_ms,
         )
+
+    def _evaluate(
+        self, planner: Planner, folder: Path, seed: int, video: Path | None
+    ) -> EvalResult:
+        from tt_fast.evaluate import evaluate
+
         result = evaluate(
             planner,
             self.env_id,
@@ -148,6 +209,13 @@ class Evaluate(Command):
             progress=not self.no_progress,
         )
         return dataclasses.replace(result, checkpoint=str(folder))
+
+
+def _is_of(result: EvalResult, checkpoint: Path) -> bool:
+    """The result names this checkpoint, by whichever path."""
+    return (
+        result.checkpoint is not None and Path(result.checkpoint).resolve() == checkpoint.resolve()
+    )
 
 
 def _save_histogram(path: Path, dataset: OfflineDataset, returns: Sequence[float]) -> None:

@@ -27,11 +27,11 @@ import numpy as np
 
 from tt_fast.config import TOKEN_KINDS
 from tt_fast.data import OfflineDataset, load_dataset
-from tt_fast.files import atomic_write, make_output_dir
+from tt_fast.files import atomic_write, make_output_dir, read_json
 from tt_fast.results import ScoredEpisodes, mean_text
 from tt_fast.selection import require_playable
 from tt_fast.sweep.runner import Cluster, SweepRecord, TrialFailure, TrialRunner, import_ray
-from tt_fast.sweep.trial import SweepConfig, Trial, TrialResult, read_json, read_result
+from tt_fast.sweep.trial import SweepConfig, Trial, TrialResult, read_result
 from tt_fast.tables import Column, head_line, number, row_line
 from tt_fast.validate import require, require_int
 

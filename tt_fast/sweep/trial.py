@@ -22,7 +22,7 @@ from tt_fast.checkpoint import Checkpoint
 from tt_fast.config import TOKEN_KINDS, ModelConfig, PlanConfig, TrainConfig, config_to_dict
 from tt_fast.data import OfflineDataset, load_dataset
 from tt_fast.evaluate import evaluate
-from tt_fast.files import to_json, write_text
+from tt_fast.files import read_json, to_json, write_text
 from tt_fast.planning import Planner
 from tt_fast.planning.search import BACKENDS
 from tt_fast.results import EvalResult, ScoredEpisodes, mean_text
@@ -178,9 +178,8 @@ def read_result(output_dir: Path, trial: Trial, config: SweepConfig) -> TrialRes
         if values["budgets"] != as_json(config.budgets()):
             return None
         played = values["played"]
-        return TrialResult(
-            trial, values["step"], values["losses"], None if played is None else _scored(played)
-        )
+        scored = None if played is None else ScoredEpisodes.from_dict(played)
+        return TrialResult(trial, values["step"], values["losses"], scored)
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: expected the result of a trial, got none: {error!r}") from error
 
@@ -269,32 +268,10 @@ def write_error(folder: Path, text: str) -> None:
     write_text(folder / "error.txt", text)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        ValueError: there is none.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
-    return values
-
-
 def as_json(values: dict[str, Any]) -> dict[str, Any]:
     """Values as they come back from a file: JSON has no tuples."""
     found: dict[str, Any] = json.loads(json.dumps(values))
     return found
-
-
-def _scored(values: dict[str, Any]) -> ScoredEpisodes:
-    """The inverse of `ScoredEpisodes.to_dict`."""
-    low_high = values["ref_scores"]
-    ref_scores = None if low_high is None else (low_high[0], low_high[1])
-    return ScoredEpisodes(values["env_id"], values["dataset"], tuple(values["returns"]), ref_scores)
 
 
 def _file_name(dataset: str) -> str:
