@@ -109,6 +109,7 @@ void Softmax(const float* x, int n, float* probs) {
 
 }  // namespace
 #include "simd_attend.h"
+#include "simd_small_products.h"
 #include "simd_train_attend.h"
 #include "simd_train_rows.h"
 
