@@ -38,6 +38,7 @@ from tt_fast.checkpoint import origin
 from tt_fast.data import OfflineDataset, load_dataset
 from tt_fast.data.registry import find_ref_scores
 from tt_fast.envs import ControlEnv, engine_versions, make_env
+from tt_fast.files import read_json
 from tt_fast.measure import processor_name
 from tt_fast.results import ScoredEpisodes, mean_text
 from tt_fast.validate import require
@@ -53,6 +54,12 @@ TITLES = (
     "dataset", "algorithm", "seed", "training minutes", "gradient steps", "episodes", "return",
     "normalised",
 )  # fmt: skip
+
+#: What a row of the table is made of.
+_CELLS = (
+    *("dataset", "algorithm", "target_return", "seed", "minutes", "num_steps", "num_episodes"),
+    *("mean_return", "std_error", "normalized_mean", "normalized_std_error"),
+)
 
 Act = Callable[[NDArray[np.float32], float], NDArray[np.float32]]
 """Observation (observation_dim,) and the last reward -> action (action_dim,)."""
@@ -388,9 +395,9 @@ def read_result(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: something else.
     """
-    record = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(record, dict) or "algorithm" not in record:
-        raise ValueError(f"{path}: expected a result of baselines.py, got another file")
+    record = read_json(path)
+    missing = [name for name in _CELLS if name not in record]
+    require(not missing, str(path), "a result of baselines.py", f"none for {missing}")
     return record
 
 

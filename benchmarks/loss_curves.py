@@ -7,6 +7,7 @@ PATH is a checkout of jannerm/trajectory-transformer. Every engine sees the same
 order with the same learning rates; initial weights are the same for a seed, dropout is each
 engine's own. "original" is its GPT and its step, in float32; "float32" and "bfloat16" are
 `tt_fast.train`. A run writes FOLDER/ENGINE-SEED.csv; runs that are there are not made again.
+FOLDER/options.json has what all of them share.
 """
 
 from __future__ import annotations
@@ -31,10 +32,11 @@ import tt_fast
 from tt_fast import ModelConfig, OfflineDataset, TrainConfig, TrajectoryTransformer
 from tt_fast.config import TOKEN_KINDS
 from tt_fast.encoding import tokenize
-from tt_fast.files import atomic_write
+from tt_fast.files import atomic_write, read_json, to_json, write_text
 from tt_fast.training.log import read_metrics
 from tt_fast.training.losses import evaluate_losses, model_batch
 from tt_fast.training.optimizer import Budget
+from tt_fast.validate import require
 
 ENGINES = ("original", "float32", "bfloat16")
 COLOURS = {"original": "#1f2328", "float32": "#0072b2", "bfloat16": "#d55e00"}
@@ -66,9 +68,14 @@ def main() -> None:
     if args.file is None or ("original" in args.engines and args.original is None):
         parser.error("expected FILE, and --original PATH for that engine")
     dataset = tt_fast.load_dataset(args.file)
+    names = ("tokens", "batch_size", "learning_rate")
+    share_options(
+        args.out, {"dataset": dataset.name} | {name: getattr(args, name) for name in names}
+    )
     for seed, engine in itertools.product(args.seeds, args.engines):
         path = args.out / f"{engine}-{seed}.csv"
         if path.exists():
+            print(f"{path}: made before")
             continue
         config = TrainConfig(
             batch_size=args.batch_size, learning_rate=args.learning_rate, max_tokens=args.tokens,
@@ -77,6 +84,18 @@ def main() -> None:
         )  # fmt: skip
         run = run_original if engine == "original" else run_ours
         write(path, run(dataset, config, args.original))
+
+
+def share_options(folder: Path, options: Mapping[str, Any]) -> None:
+    """Write what all runs of a folder share.
+
+    Raises:
+        ValueError: its runs were made with something else.
+    """
+    path = folder / "options.json"
+    before = read_json(path) if path.exists() else options
+    require(before == options, "options", f"{before}, those of {folder}", options)
+    write_text(path, to_json(options))
 
 
 def run_ours(dataset: OfflineDataset, config: TrainConfig, _: Path | None) -> list[Row]:

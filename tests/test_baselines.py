@@ -148,10 +148,17 @@ def test_a_result_survives_its_file(tmp_path: Path) -> None:
     assert record["normalized_mean"] == pytest.approx(62.074, abs=1e-3)
 
 
-@pytest.mark.parametrize("text", ["[]", '{"env_id": "Hopper-v4"}'])
-def test_other_files_are_refused(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[", "expected JSON"),
+        ("[]", "expected a JSON object"),
+        ('{"algorithm": "bc"}', r"expected a result of baselines\.py, got .*'mean_return'"),
+    ],
+)
+def test_other_files_are_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "other.json").write_text(text)
-    with pytest.raises(ValueError, match=r"other\.json: expected a result of baselines\.py"):
+    with pytest.raises(ValueError, match=rf"other\.json: {message}"):
         read_result(tmp_path / "other.json")
 
 

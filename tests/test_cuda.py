@@ -250,21 +250,24 @@ def test_bfloat16_logits_of_a_golden_model() -> None:
 def test_no_gpu_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "is_interpreted", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(RuntimeError, match='expected a GPU for "cuda", torch finds no CUDA device'):
+    message = 'expected a GPU for "cuda", torch finds no CUDA device'
+    with pytest.raises(ValueError, match=message):
         make_backend("cuda", tiny_model(), tiny_discretizer())
+    with pytest.raises(ValueError, match=message):
+        search.check_backend("cuda")
 
 
 def test_an_old_gpu_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "is_interpreted", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    with pytest.raises(RuntimeError, match=r"compute capability \(7, 5\), and 8\.0 is needed"):
+    with pytest.raises(ValueError, match=r"compute capability \(7, 5\), and 8\.0 is needed"):
         make_backend("cuda", tiny_model(), tiny_discretizer())
 
 
 def test_no_triton_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "triton", None)
-    with pytest.raises(RuntimeError, match=r"triton is not installed \(pip install"):
+    with pytest.raises(ValueError, match=r"triton is not installed \(pip install"):
         make_backend("cuda", tiny_model(), tiny_discretizer())
 
 

@@ -63,6 +63,14 @@ def test_plans_are_not_held_longer_than_they_are() -> None:
         EpisodeScore(plan=PLAN, plan_freq=3)
 
 
+def test_a_device_that_there_is_not_shows_before_training(tmp_path: Path) -> None:
+    config = tiny_train_config(max_epochs=1.0, eval_every=2)
+    scorer = EpisodeScore(TOY, device="gpu")
+    with pytest.raises(ValueError, match="device: expected one that torch can use, got 'gpu'"):
+        train(tiny_dataset(), tiny_model_config(), config, tmp_path / "run", evaluator=scorer)
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_cannot_be_played_shows_before_training(tmp_path: Path) -> None:
     dataset = tiny_dataset()  # of an environment that there is not
     config = tiny_train_config(eval_every=1, max_windows=8)

@@ -28,7 +28,7 @@ from tt_fast.plots import plot_sweep
 from tt_fast.presets import PRESETS
 from tt_fast.sweep.runner import Cluster, import_ray, open_cluster
 from tt_fast.sweep.sweep import run_sweep
-from tt_fast.sweep.trial import PlayConfig, SweepConfig, Trial, read_result
+from tt_fast.sweep.trial import PlayConfig, SweepConfig, Trial, _run_trial, read_result
 from tt_fast.train import train
 from tt_fast.training.log import read_metrics
 
@@ -337,6 +337,14 @@ def test_wrong_settings_are_not_tried_again(files, tmp_path):
     [failure] = sweep.failures
     assert failure.attempts == 1
     assert failure.error.startswith("ValueError: train_config.batch_size: expected 4, to resume ")
+
+
+def test_a_backend_that_cannot_run_shows_before_training(files, tmp_path, monkeypatch):
+    monkeypatch.setattr("tt_fast.planning.cpu._core", None)
+    path, folder = files[0], tmp_path / "alpha-seed0"
+    with pytest.raises(ValueError, match="backend: expected one that was built"):
+        _run_trial(Trial("alpha", str(path), 0), CONFIG, folder, num_threads=1)
+    assert not folder.exists()
 
 
 def test_ctrl_c_saves_every_trial(capsys, files, tmp_path):

@@ -1,5 +1,6 @@
 """Episodes while training: scores, the best checkpoint, an early stop."""
 
+import contextlib
 import json
 import signal
 from pathlib import Path
@@ -84,7 +85,7 @@ def test_kill_9_between_two_renames_of_the_best(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     run(tmp_path, 8, eval_every=4, evaluator=_Scores(0.5), resume=True)
     assert Checkpoint.load(tmp_path / "best").metadata["step"] == 4
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == [".lock"]
 
 
 def test_a_signal_before_an_evaluation_saves_at_once(
@@ -142,3 +143,16 @@ def test_an_evaluator_and_its_interval_come_together(tmp_path: Path) -> None:
         run(tmp_path, 3, evaluator=_Scores(1.0))
     with pytest.raises(ValueError, match=r"evaluator's score: expected a finite number"):
         run(tmp_path, 3, eval_every=3, evaluator=_Scores(float("nan")))
+
+
+def test_an_evaluator_that_absorbs_ctrl_c_does_not_score(tmp_path: Path) -> None:
+    def part_of_a_score(checkpoint: Checkpoint) -> float:
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        return 99.0
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, 8, eval_every=4, evaluator=part_of_a_score)
+    assert _scores(tmp_path) == []
+    run(tmp_path, 8, eval_every=4, evaluator=_Scores(1.0, 2.0), resume=True)
+    assert _scores(tmp_path) == [(4, 1.0), (8, 2.0)]

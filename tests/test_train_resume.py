@@ -12,6 +12,7 @@ from train_runs import columns, interrupt_in_step, run
 
 from tt_fast import Checkpoint
 from tt_fast.checkpoint import newest_checkpoint
+from tt_fast.files import locked
 
 
 # before the first checkpoint, on one, in epoch 2
@@ -122,3 +123,20 @@ def test_sigterm_saves_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, 8)
     assert Checkpoint.load(tmp_path).metadata["step"] == 3
+
+
+def test_kill_9_between_two_renames_is_no_reason_to_start_again(tmp_path: Path) -> None:
+    run(tmp_path, 4)
+    newest = tmp_path / "checkpoints" / "step_00000004"
+    newest.rename(newest.with_name(".step_00000004.old"))
+    with pytest.raises(FileExistsError, match="step_00000004"):
+        run(tmp_path, 2)
+    assert Checkpoint.load(tmp_path).metadata["step"] == 4
+
+
+def test_one_run_at_a_time(tmp_path: Path) -> None:
+    with locked(tmp_path, "run"):
+        with pytest.raises(BlockingIOError, match="output_dir: expected no other run at work"):
+            run(tmp_path, 2)
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    assert run(tmp_path, 2).metadata["step"] == 2

@@ -108,3 +108,11 @@ def test_without_wandb_the_message_says_what_to_install(
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ImportError, match=r'pip install "tt_fast\[wandb\]"'):
         start_wandb("walks", tmp_path, {}, resume=False)
+
+
+@pytest.mark.parametrize("text", ["step,tokens\n1,a\n", "step,tokens\n1\n"])
+def test_a_damaged_file_is_named(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "metrics.csv"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"^{path}: expected a number in every column: "):
+        read_metrics(path)

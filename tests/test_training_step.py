@@ -14,7 +14,7 @@ from tt_fast.data.windows import TokenWindows
 from tt_fast.encoding import tokenize
 from tt_fast.model import TrajectoryTransformer
 from tt_fast.training.losses import model_batch
-from tt_fast.training.step import StepGradients, StepResult
+from tt_fast.training.step import StepGradients, StepResult, _address_seed, seed_device
 from tt_fast.training.workers import Workers
 
 NO_DROPOUT = {"embed_dropout": 0.0, "residual_dropout": 0.0, "attention_dropout": 0.0}
@@ -150,3 +150,17 @@ def test_compiled_steps_on_a_gpu(precision: str) -> None:
         gradients.close()
     tolerance = 1e-5 if precision == "float32" else 2e-2  # a unit in the last place, some times
     assert results[1] == pytest.approx(results[0], rel=tolerance)
+
+
+def test_seeds_of_addresses_are_apart_and_fit_torch() -> None:
+    seeds = {_address_seed((seed, step, 0)) for seed in range(2) for step in range(50)}
+    assert len(seeds) == 100
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_seeding_a_device_gives_what_torch_gives() -> None:
+    with torch.random.fork_rng([]):
+        torch.manual_seed(7)
+        want = torch.rand(3)
+        seed_device(torch.device("cpu"), 7)
+        assert torch.equal(torch.rand(3), want)

@@ -17,7 +17,7 @@ from tiny import weights_equal
 
 from tt_fast.checkpoint import Checkpoint, newest_checkpoint
 from tt_fast.training.log import COLUMNS, read_metrics
-from tt_fast.training.workers import Workers, join_workers
+from tt_fast.training.workers import Workers, is_first_process, join_workers
 
 #: Of every run here: each step has four passes, two a process or thread.
 OPTIONS = [*SMALL, "--pass-windows", "2", "--checkpoint-steps", "4", "--log-steps", "2"]
@@ -183,3 +183,25 @@ def test_a_group_of_the_callers_is_used_and_left(tmp_path: Path) -> None:
         assert torch.distributed.is_initialized()
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_a_torch_without_processes_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_available", lambda: False)
+    monkeypatch.delattr(torch.distributed, "is_torchelastic_launched")
+    assert is_first_process()
+    with join_workers("cpu") as workers:
+        assert workers == Workers()
+
+
+def test_a_group_that_cannot_sum_there_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dist = torch.distributed
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        monkeypatch.setattr(dist, "get_backend_config", lambda: "cuda:nccl")
+        message = "device: expected one of the process group's, cuda, got 'cpu'"
+        with pytest.raises(ValueError, match=message), join_workers("cpu"):
+            pass
+    finally:
+        dist.destroy_process_group()

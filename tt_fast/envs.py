@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from tt_fast.config import ModelConfig
 from tt_fast.data.registry import trim_observations
 from tt_fast.validate import require
 
@@ -88,6 +89,26 @@ class ControlEnv:
 
     def _trim(self, observation: Any) -> NDArray[np.float64]:
         return _trimmed(observation, self.env_id)
+
+
+def check_env(
+    env: ControlEnv, model: ModelConfig, max_steps: int | None, owner: str = "the model"
+) -> None:
+    """A model of this shape can act in the environment, and its episodes end.
+
+    Args:
+        max_steps: what ends them where there is no time limit.
+        owner: whose shape it is, for the message.
+
+    Raises:
+        ValueError: it cannot, or they do not.
+    """
+    for name in ("observation_dim", "action_dim"):
+        wanted, got = getattr(model, name), getattr(env, name)
+        require(wanted == got, f"{name} of {env.env_id}", f"{owner}'s {wanted}", got)
+    limited = max_steps is not None or env.max_episode_steps is not None
+    wanted = f"a number of steps, as {env.env_id} has no time limit"
+    require(limited, "max_steps", wanted, max_steps)
 
 
 def make_env(env_id: str, *, render: bool = False) -> ControlEnv:

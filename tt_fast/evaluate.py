@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from tt_fast.checkpoint import origin
 from tt_fast.data.registry import find_ref_scores
-from tt_fast.envs import ControlEnv, StepResult, engine_versions, make_env, wrap_env
+from tt_fast.envs import ControlEnv, StepResult, check_env, engine_versions, make_env, wrap_env
 from tt_fast.results import EpisodeRecord, EvalResult, EvalSummary, aggregate
 from tt_fast.validate import require, require_int
 
@@ -85,7 +85,7 @@ def evaluate(
         envs = [wrap_env(env, env_id)]
         env_id = envs[0].env_id
     try:
-        _check_env(envs[0], planner, max_steps)
+        check_env(envs[0], planner.checkpoint.model.config, max_steps)
         rollouts = _Rollouts(planner, envs, seed, max_steps, record or video is not None)
         rollouts.play(episodes, progress)
     finally:
@@ -302,17 +302,6 @@ def _resolve_env_id(planner: Planner, env_id: str | None) -> str:
     found = env_id or planner.checkpoint.metadata.get("env_id")
     require(bool(found), "env_id", "a Gymnasium id, as the checkpoint names none", env_id)
     return str(found)
-
-
-def _check_env(env: ControlEnv, planner: Planner, max_steps: int | None) -> None:
-    config = planner.checkpoint.model.config
-    for name in ("observation_dim", "action_dim"):
-        wanted, got = getattr(config, name), getattr(env, name)
-        require(wanted == got, f"{name} of {env.env_id}", f"the model's {wanted}", got)
-    if max_steps is None:
-        limited = env.max_episode_steps is not None
-        wanted = f"a number of steps, as {env.env_id} has no time limit"
-        require(limited, "max_steps", wanted, max_steps)
 
 
 def _ref_scores(metadata: Mapping[str, Any], env_id: str) -> tuple[float, float] | None:

@@ -67,6 +67,31 @@ def make_output_dir(path: Path) -> None:
         raise ValueError(f"output_dir: expected a folder or a new name: {error}") from error
 
 
+@contextmanager
+def locked(folder: Path, what: str) -> Iterator[None]:
+    """No other `what` is at work in this folder, made if absent; the lock goes with its process.
+
+    On Windows, and in folders whose file system has no locks, nothing is locked.
+
+    Raises:
+        BlockingIOError: another one is.
+        ValueError: the folder's path names a file, or runs through one.
+    """
+    make_output_dir(folder)
+    with (folder / ".lock").open("w") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BlockingIOError(
+                f"output_dir: expected no other {what} at work there, got one in {folder}"
+            ) from error
+        except (ImportError, OSError):
+            pass
+        yield
+
+
 def is_new_or_empty(path: Path) -> bool:
     """Nothing is lost if a folder is made at `path`."""
     return not path.exists() or (path.is_dir() and not any(path.iterdir()))

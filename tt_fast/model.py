@@ -113,6 +113,9 @@ class TrajectoryTransformer(nn.Module):
         self.apply(_init_weights)
         self.register_buffer("_mask", attention_mask(config), persistent=False)
         self._mask: Tensor
+        # kept where the model is: a copy from the processor would wait for a GPU in every step
+        self.register_buffer("_kinds", _target_kinds(config), persistent=False)
+        self._kinds: Tensor
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
@@ -180,12 +183,16 @@ class TrajectoryTransformer(nn.Module):
         """Scalar loss from `token_losses` (B, T) and `mask` (B, T)."""
         shape = tuple(token_losses.shape)
         require(mask.shape == token_losses.shape, "mask", f"shape {shape}", tuple(mask.shape))
-        weights = self._target_weights(token_losses.shape[1]).to(token_losses)
+        kinds, config = self.target_kinds(token_losses.shape[1]), self.config
+        weights = torch.ones_like(kinds, dtype=token_losses.dtype, device=token_losses.device)
+        of_kind = (1.0, config.action_weight, config.reward_weight, config.value_weight)
+        for kind_idx, weight in enumerate(of_kind):
+            weights.masked_fill_(kinds == kind_idx, weight)
         return (token_losses * weights * mask).mean()
 
     def mean_by_kind(self, token_losses: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """Mean of `token_losses` (B, T) over the unmasked targets of each kind."""
-        kinds = self.target_kinds(token_losses.shape[1]).to(token_losses.device)
+        kinds = self.target_kinds(token_losses.shape[1])
         means = {}
         for kind_idx, kind in enumerate(TOKEN_KINDS):
             chosen = mask * (kinds == kind_idx)
@@ -193,11 +200,8 @@ class TrajectoryTransformer(nn.Module):
         return means
 
     def target_kinds(self, num_tokens: int) -> Tensor:
-        """(num_tokens,) index into TOKEN_KINDS of the target at each position."""
-        config = self.config
-        counts = torch.tensor([config.observation_dim, config.action_dim, 1, 1])
-        of_dim = torch.repeat_interleave(torch.arange(len(TOKEN_KINDS)), counts)
-        return of_dim[(torch.arange(num_tokens) + 1) % config.transition_dim]
+        """(num_tokens,) index into TOKEN_KINDS of the target at each position of a window."""
+        return self._kinds[:num_tokens]
 
     @torch.no_grad()
     def attention_maps(self, tokens: Tensor, goal: Tensor | None = None) -> Tensor:
@@ -256,11 +260,6 @@ class TrajectoryTransformer(nn.Module):
         logits: Tensor = self.head(x.reshape(-1, transition_dim, x.shape[-1]))
         return logits.reshape(len(x), x.shape[1], -1)[:, :num_tokens]
 
-    def _target_weights(self, num_tokens: int) -> Tensor:
-        config = self.config
-        per_kind = [1.0, config.action_weight, config.reward_weight, config.value_weight]
-        return torch.tensor(per_kind)[self.target_kinds(num_tokens)]
-
     def _check_tokens(self, name: str, tokens: Tensor, limit: int | None = None) -> None:
         integers = not tokens.is_floating_point() and not tokens.is_complex()
         require(integers, name, "integers", tokens.dtype)
@@ -295,6 +294,7 @@ def model_over(
         owner, _, leaf = name.rpartition(".")
         model.get_submodule(owner).register_parameter(leaf, parameter)
     model._mask = model._mask.to(model.pos_emb.device)
+    model._kinds = model._kinds.to(model.pos_emb.device)
     return model
 
 
@@ -317,6 +317,13 @@ def attention_mask(config: ModelConfig) -> Tensor:
     shift = config.goal_len if config.goal_value_mask == "correct" else 0
     mask[:, shift + config.transition_dim - 1 :: config.transition_dim] = False
     return mask
+
+
+def _target_kinds(config: ModelConfig) -> Tensor:
+    """(block_size,) index into TOKEN_KINDS of the target at each position."""
+    counts = torch.tensor([config.observation_dim, config.action_dim, 1, 1])
+    of_dim = torch.repeat_interleave(torch.arange(len(TOKEN_KINDS)), counts)
+    return of_dim[(torch.arange(config.block_size) + 1) % config.transition_dim]
 
 
 def _init_weights(module: nn.Module) -> None:

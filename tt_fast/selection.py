@@ -7,10 +7,11 @@ from dataclasses import dataclass, field, replace
 from tt_fast.checkpoint import Checkpoint
 from tt_fast.config import ModelConfig, PlanConfig
 from tt_fast.data import OfflineDataset
-from tt_fast.envs import make_env
+from tt_fast.envs import check_env, make_env
 from tt_fast.evaluate import evaluate
 from tt_fast.planning import Planner
 from tt_fast.planning.search import check_plan
+from tt_fast.train import pick_device
 from tt_fast.validate import require, require_int
 
 
@@ -37,7 +38,7 @@ class EpisodeScore:
     seed: int = 1_000_000
     """Of the first episode, the same at every evaluation; far from those that results use."""
     device: str = "cpu"
-    """Where plans are made."""
+    """Where plans are made: "cpu", "cuda" (the GPU that is current) or another of torch's names."""
 
     def __post_init__(self) -> None:
         require(isinstance(self.plan, PlanConfig), "plan", "a PlanConfig", self.plan)
@@ -48,12 +49,13 @@ class EpisodeScore:
         require_int("seed", self.seed, 0)
 
     def check(self, dataset: OfflineDataset, model: ModelConfig) -> None:
-        """See before training that there is something to play.
+        """See before training that there is something to play, and where to plan.
 
         Raises:
-            ValueError: as `require_playable`.
+            ValueError: as `require_playable`, or a device that torch cannot use.
             ImportError: Gymnasium or MuJoCo is missing.
         """
+        pick_device(self.device)
         require_playable(dataset, model, self.plan, self.env_id, self.max_steps)
 
     def __call__(self, checkpoint: Checkpoint) -> float:
@@ -100,11 +102,6 @@ def require_playable(
         raise ValueError(f"env_id: expected a Gymnasium id, as {dataset.name} names none, got None")
     env = make_env(env_id)
     try:
-        for name in ("observation_dim", "action_dim"):
-            wanted, got = getattr(model, name), getattr(env, name)
-            require(got == wanted, f"{name} of {env.env_id}", f"{dataset.name}'s {wanted}", got)
-        limited = max_steps is not None or env.max_episode_steps is not None
-        wanted = f"a number of steps, as {env.env_id} has no time limit"
-        require(limited, "max_steps", wanted, max_steps)
+        check_env(env, model, max_steps, owner=dataset.name)
     finally:
         env.close()

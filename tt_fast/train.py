@@ -13,6 +13,7 @@ Under torchrun several processes train one model (training/workers.py); the firs
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import torch
@@ -21,7 +22,9 @@ from tt_fast.checkpoint import Checkpoint, newest_checkpoint
 from tt_fast.config import ModelConfig, TrainConfig
 from tt_fast.data.episodes import OfflineDataset
 from tt_fast.encoding import tokenize
+from tt_fast.files import locked
 from tt_fast.training.run_folder import prepare_run_folder
+from tt_fast.training.step import seed_device
 from tt_fast.training.trainer import CheckedEvaluator, Evaluator, Trainer
 from tt_fast.training.workers import Workers, join_workers
 from tt_fast.validate import refuse, require
@@ -59,7 +62,7 @@ def train(
         evaluator: scores the model every `eval_every` steps and at the end, the higher the better;
             the best one is kept in `output_dir`/best. Its seconds do not count as training. If it
             has a method `check(dataset, model_config)`, as `EpisodeScore` does, that is called
-            before anything else.
+            before anything is written. On a GPU, that one is current.
         wandb_project: log to Weights & Biases as well.
 
     Returns:
@@ -69,53 +72,52 @@ def train(
         ValueError: configs that do not fit the dataset or, resuming, the checkpoint; an evaluator
             without `eval_every`, or the reverse.
         FileExistsError: `output_dir` holds checkpoints and `resume` is False.
+        BlockingIOError: another run is at work in `output_dir`.
         FloatingPointError: the loss is no longer finite; the last checkpoint stands.
         ImportError: Weights & Biases is asked for and not installed.
         WorkerLostError: another process of the job has ended; the last checkpoint stands.
     """
     _check_configs(dataset, model_config, train_config)
     _check_evaluator(train_config, evaluator)
-    if isinstance(evaluator, CheckedEvaluator):
-        evaluator.check(dataset, model_config)
     output_dir = Path(output_dir)
-    with join_workers(train_config.device) as workers:
+    with contextlib.ExitStack() as stack:
+        workers = stack.enter_context(join_workers(train_config.device))
+        device = pick_device(train_config.device)
+        if device.type == "cuda":  # "cuda" is this one, for evaluators too
+            stack.enter_context(torch.cuda.device(device))
+        if isinstance(evaluator, CheckedEvaluator):
+            evaluator.check(dataset, model_config)
+        if workers.is_first:
+            stack.enter_context(locked(output_dir, "run"))
         newest = _open_run(output_dir, resume, workers)
         discretizer, windows = tokenize(
             dataset, model_config, train_config, output_dir, num_processes=workers.count
         )
-        device = pick_device(train_config.device)
         # initial weights, and dropout on a GPU, draw from torch's global generators: lend them,
-        # then put them back
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(train_config.seed)
-            trainer = Trainer(
-                dataset,
-                model_config,
-                train_config,
-                windows,
-                discretizer,
-                device,
-                workers,
-                evaluator,
-            )
-            if newest is not None:
-                trainer.restore(newest)
-            trainer.require_one_run()
-            trainer.run(output_dir, progress and workers.is_first, wandb_project)
-            return trainer.checkpoint()
+        # then put them back (an Apple GPU's stays seeded)
+        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        for lent in {torch.device("cpu"), device}:
+            seed_device(lent, train_config.seed)
+        trainer = Trainer(
+            dataset, model_config, train_config, windows, discretizer, device, workers, evaluator
+        )
+        if newest is not None:
+            trainer.restore(newest)
+        trainer.require_one_run()
+        trainer.run(output_dir, progress and workers.is_first, wandb_project)
+        return trainer.checkpoint()
 
 
 def _open_run(output_dir: Path, resume: bool, workers: Workers) -> Path | None:
     """The checkpoint to go on from, of a folder made ready for all workers."""
+    if workers.is_first:
+        prepare_run_folder(output_dir)
+    workers.wait()
     newest = newest_checkpoint(output_dir)
     if newest is not None and not resume:
         raise FileExistsError(
             f"output_dir: expected one without checkpoints or resume=True, got {newest}"
         )
-    workers.wait()  # all have looked
-    if workers.is_first:
-        prepare_run_folder(output_dir)
-    workers.wait()
     return newest
 
 

@@ -62,11 +62,15 @@ class EvalOptions:
             idle = "a number of steps, as there are other options of evaluations"
             require(self == EvalOptions(), "eval_every", idle, None)
             return None
-        from tt_fast.selection import EpisodeScore
-        from tt_fast.train import pick_device
+        import torch
 
+        from tt_fast.selection import EpisodeScore
+
+        # by name: a process that torchrun started does not yet know which GPU is its own
+        name = config.device.partition(":")[0]
+        on_gpu = name == "cuda" or (name == "auto" and torch.cuda.is_available())
         return EpisodeScore(
-            device="cuda" if pick_device(config.device).type == "cuda" else "cpu",
+            device="cuda" if on_gpu else "cpu",
             episodes=self.eval_episodes,
             plan=PlanConfig(horizon=self.eval_horizon, beam_width=self.eval_beam_width),
             plan_freq=self.eval_plan_freq,

@@ -46,6 +46,17 @@ def why_unavailable() -> str | None:
     return None
 
 
+def require_available() -> None:
+    """This machine can run the backend.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    reason = why_unavailable()
+    if reason is not None:
+        raise ValueError(f'backend: expected a GPU for "cuda", {reason}; use "torch"')
+
+
 class CudaBackend(TorchBackend):
     """Plans on a GPU; `search` is the torch backend's.
 
@@ -60,7 +71,7 @@ class CudaBackend(TorchBackend):
         use_graphs: False launches kernels one by one, for debugging.
 
     Raises:
-        RuntimeError: no GPU of compute capability 8.0 or more, or no triton.
+        ValueError: no GPU of compute capability 8.0 or more, or no triton.
     """
 
     name = "cuda"
@@ -73,9 +84,7 @@ class CudaBackend(TorchBackend):
         tf32: bool = False,
         use_graphs: bool = True,
     ) -> None:
-        reason = why_unavailable()
-        if reason is not None:
-            raise RuntimeError(f'backend: expected a GPU for "cuda", {reason}; use "torch"')
+        require_available()
         super().__init__(model, discretizer)
         self.tf32 = tf32
         self.use_graphs = use_graphs and not is_interpreted()

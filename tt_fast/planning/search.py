@@ -40,9 +40,9 @@ def make_backend(
             others follow `torch.set_num_threads`.
 
     Raises:
-        ValueError: an unknown name, or a discretizer that does not fit the model.
+        ValueError: an unknown name, "cuda" without a GPU that can run it or without triton, or a
+            discretizer that does not fit the model.
         ImportError: "cpu" without the C++ core.
-        RuntimeError: "cuda" without a GPU that can run it, or without triton.
     """
     require_choice("backend", name, ("auto", *BACKENDS))
     if num_threads is not None:
@@ -57,6 +57,20 @@ def make_backend(
         return cpu.CpuBackend(model, discretizer, num_threads=num_threads)
     backends = {"cuda": cuda.CudaBackend, "torch": TorchBackend, "reference": ReferenceBackend}
     return backends[name](model, discretizer)
+
+
+def check_backend(name: str) -> None:
+    """This machine can run the backend of that name.
+
+    Raises:
+        ValueError: it cannot, or there is no such backend.
+    """
+    require_choice("backend", name, ("auto", *BACKENDS))
+    if name == "cpu":
+        wanted = 'one that was built; reinstall with a compiler, or use "torch"'
+        require(cpu.is_available(), "backend", wanted, name)
+    if name == "cuda":
+        cuda.require_available()
 
 
 def _fastest_backend(model: TrajectoryTransformer) -> str:

@@ -14,11 +14,9 @@ On several machines they, and the datasets, must lie on a file system that all o
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ import numpy as np
 
 from tt_fast.config import TOKEN_KINDS
 from tt_fast.data import OfflineDataset, load_dataset
-from tt_fast.files import atomic_write, make_output_dir, read_json
+from tt_fast.files import atomic_write, locked, read_json
 from tt_fast.results import ScoredEpisodes, mean_text
 from tt_fast.selection import require_playable
 from tt_fast.sweep.runner import Cluster, SweepRecord, TrialFailure, TrialRunner, import_ray
@@ -141,7 +139,7 @@ def run_sweep(
     sources = _load_all(datasets, config)
     seeds = _check_seeds(seeds)
     trials = [Trial(name, s.source, seed) for name, s in sources.items() for seed in seeds]
-    with _locked(output_dir):
+    with locked(output_dir, "sweep"):
         record = _open_record(output_dir, config, {name: s.sha256 for name, s in sources.items()})
         runner = TrialRunner(ray, config, cluster, record, say or (lambda _: None))
         runner.run(trials, progress)
@@ -243,20 +241,6 @@ def _digest(dataset: OfflineDataset) -> str:
     for key in ("observations", "actions", "rewards", "terminations", "truncations"):
         digest.update(np.ascontiguousarray(getattr(dataset, key)).data)  # without a copy
     return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def _locked(output_dir: Path) -> Iterator[None]:
-    """Nobody else runs a sweep in this folder; the lock goes with its process."""
-    make_output_dir(output_dir)
-    with (output_dir / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BlockingIOError(
-                f"output_dir: expected no other sweep at work there, got one in {output_dir}"
-            ) from error
-        yield
 
 
 def _save_plot(result: SweepResult) -> None:

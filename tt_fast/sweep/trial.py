@@ -24,7 +24,7 @@ from tt_fast.data import OfflineDataset, load_dataset
 from tt_fast.evaluate import evaluate
 from tt_fast.files import read_json, to_json, write_text
 from tt_fast.planning import Planner
-from tt_fast.planning.search import BACKENDS
+from tt_fast.planning.search import BACKENDS, check_backend
 from tt_fast.results import EvalResult, ScoredEpisodes, mean_text
 from tt_fast.train import train
 from tt_fast.training.optimizer import ORIGINAL_WINDOWS
@@ -220,6 +220,8 @@ def attempt(
 
 
 def _run_trial(trial: Trial, config: SweepConfig, folder: Path, num_threads: int) -> None:
+    if config.play.episodes:
+        check_backend(config.play.backend)  # here, not where the sweep was started; before training
     dataset = load_dataset(trial.source, env_id=config.env_id, ref_scores=config.ref_scores)
     train_config = dataclasses.replace(config.train, seed=trial.seed)
     model_config = config.model_for(dataset)

@@ -17,9 +17,9 @@ class Interrupt:
 
     def on_signal(self, *_: object) -> None:
         """Handler of both signals."""
+        self.happened = True
         if not self._deferred:
             raise KeyboardInterrupt
-        self.happened = True
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:

@@ -127,13 +127,20 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
     """Rows of a metrics.csv or scores.csv; none without the file.
 
     A half-written last line is left out.
+
+    Raises:
+        ValueError: something in it is not a number.
     """
     path = Path(path)
     if not path.exists():
         return []
     text = path.read_text(encoding="utf-8")
     whole = text[: text.rfind("\n") + 1]
-    return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(whole.splitlines())]
+    rows = csv.DictReader(whole.splitlines())
+    try:
+        return [{name: float(value) for name, value in row.items()} for row in rows]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: expected a number in every column: {error}") from error
 
 
 def _as_text(row: Mapping[str, float]) -> dict[str, str]:

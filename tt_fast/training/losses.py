@@ -38,7 +38,7 @@ def evaluate_losses(
         Nats per token, keys as TOKEN_KINDS.
     """
     totals, counts = torch.zeros(len(TOKEN_KINDS)), torch.zeros(len(TOKEN_KINDS))
-    kinds = model.target_kinds(windows.window_len)
+    kinds = model.target_kinds(windows.window_len).cpu()
     was_training = model.training
     model.eval()
     with torch.no_grad():

@@ -64,7 +64,7 @@ class StepGradients:
         self._pass_windows = config.pass_windows or _pass_windows(model, config, windows, workers)
         several = self._pass_windows * workers.count < config.batch_size
         self._token_losses = _token_losses(model, config, several)
-        self._kinds = model.target_kinds(windows.window_len).to(model.pos_emb.device)
+        self._kinds = model.target_kinds(windows.window_len)
 
     def run(self, window_ids: Tensor, step: int) -> StepResult:
         """Set the model's gradients, clipped, to those of a batch.
@@ -115,7 +115,7 @@ class StepGradients:
         model, found = self._model, []
         model.zero_grad(set_to_none=True)
         for batch, address in zip(batches, addresses, strict=True):
-            torch.manual_seed(_address_seed(address))
+            seed_device(model.pos_emb.device, _address_seed(address))
             with torch.autocast(model.pos_emb.device.type, torch.bfloat16, enabled=bfloat16):
                 losses = self._token_losses(batch.inputs, batch.targets, batch.goal)
             # a recorded graph writes the next pass's losses over these
@@ -123,17 +123,18 @@ class StepGradients:
         return found
 
     def _counts(self, batches: list[Batch], losses: list[Tensor], num_windows: int) -> Tensor:
-        """(2 + 2 kinds,) float64, which add up over workers: loss, tokens, sums and counts."""
-        model = self._model
-        totals = torch.zeros(2 + 2 * _NUM_KINDS, dtype=torch.float64, device=model.pos_emb.device)
+        """(2 + 2 kinds,), which add up over workers: loss, tokens, sums and counts."""
+        model, device = self._model, self._model.pos_emb.device
+        # Apple's GPUs know no float64
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        totals = torch.zeros(2 + 2 * _NUM_KINDS, dtype=dtype, device=device)
         for batch, found in zip(batches, losses, strict=True):
             share = len(batch.inputs) / num_windows
             totals[0] += share * model.weighted_loss(found, batch.mask)
             totals[1] += (batch.targets != model.config.vocab_size).sum()
-            totals[2 : 2 + _NUM_KINDS].index_add_(
-                0, self._kinds, (found * batch.mask).sum(0).double()
-            )
-            totals[2 + _NUM_KINDS :].index_add_(0, self._kinds, batch.mask.sum(0).double())
+            sums, counts = (found * batch.mask).sum(0), batch.mask.sum(0)
+            totals[2 : 2 + _NUM_KINDS].index_add_(0, self._kinds, sums.to(dtype))
+            totals[2 + _NUM_KINDS :].index_add_(0, self._kinds, counts.to(dtype))
         return totals
 
     def _sum_gradients(self) -> None:
@@ -184,6 +185,16 @@ def _pass_windows(
     return int(workers.agree(found))  # processes may differ in threads
 
 
+def seed_device(device: torch.device, seed: int) -> None:
+    """Seed torch's generator of a device (of GPUs, the current one), and no other."""
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
+
+
 def _address_seed(address: Sequence[int]) -> int:
-    """A seed of torch's generators for an address."""
-    return int(np.random.SeedSequence(list(address)).generate_state(1, np.uint64)[0] >> 1)
+    """A seed of torch's generators for an address, in [0, 2^63)."""
+    return int(np.random.SeedSequence(list(address)).generate_state(1, np.uint64)[0]) >> 1

@@ -277,6 +277,8 @@ class Trainer:
             with contextlib.suppress(KeyboardInterrupt), interrupt.at_once():
                 score = evaluator(self.checkpoint())
                 require_number("evaluator's score", score)
+            if interrupt.happened:  # the evaluator may have made do with what it had
+                score = math.nan
         score = self.workers.agree(score)
         if math.isnan(score):  # interrupted: the evaluation comes again after resuming
             self.stopping = True

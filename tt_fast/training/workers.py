@@ -96,11 +96,13 @@ def join_workers(device: str) -> Iterator[Workers]:
         device: as in `TrainConfig`.
 
     Raises:
-        ValueError: more processes on this machine than GPUs.
+        ValueError: more processes on this machine than GPUs, or a group of the caller's that cannot
+            sum what lies on such a device.
     """
     if not dist.is_available():
         yield Workers()
     elif dist.is_initialized():
+        _check_group(device)
         yield Workers(dist.get_rank(), dist.get_world_size())
     elif not dist.is_torchelastic_launched():
         yield Workers()
@@ -118,7 +120,19 @@ def join_workers(device: str) -> Iterator[Workers]:
 
 def is_first_process() -> bool:
     """Whether this process is the first of its job, outside `join_workers` too."""
-    return not dist.is_torchelastic_launched() or os.environ["RANK"] == "0"
+    launched = dist.is_available() and dist.is_torchelastic_launched()
+    return not launched or os.environ["RANK"] == "0"
+
+
+def _check_group(device: str) -> None:
+    """The caller's process group can sum gradients on the device of this name."""
+    name = device.partition(":")[0]
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    # "cpu:gloo,cuda:nccl" and the like
+    backends = dist.get_backend_config().split(",")
+    known = sorted(backend.partition(":")[0] for backend in backends)
+    require(name in known, "device", f"one of the process group's, {' or '.join(known)}", device)
 
 
 def _take_gpu(device: str) -> None:
