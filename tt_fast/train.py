@@ -14,6 +14,7 @@ Under torchrun several processes train one model (training/workers.py); the firs
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -93,11 +94,7 @@ def train(
         discretizer, windows = tokenize(
             dataset, model_config, train_config, output_dir, num_processes=workers.count
         )
-        # initial weights, and dropout on a GPU, draw from torch's global generators: lend them,
-        # then put them back (an Apple GPU's stays seeded)
-        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
-        for lent in {torch.device("cpu"), device}:
-            seed_device(lent, train_config.seed)
+        stack.enter_context(_lent_generators(device, train_config.seed))
         trainer = Trainer(
             dataset, model_config, train_config, windows, discretizer, device, workers, evaluator
         )
@@ -106,6 +103,18 @@ def train(
         trainer.require_one_run()
         trainer.run(output_dir, progress and workers.is_first, wandb_project)
         return trainer.checkpoint()
+
+
+@contextlib.contextmanager
+def _lent_generators(device: torch.device, seed: int) -> Iterator[None]:
+    """Torch's global generators, seeded, and put back at the end (an Apple GPU's stays seeded).
+
+    Initial weights draw from them, and so does dropout on a GPU.
+    """
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        for lent in {torch.device("cpu"), device}:
+            seed_device(lent, seed)
+        yield
 
 
 def _open_run(output_dir: Path, resume: bool, workers: Workers) -> Path | None:
