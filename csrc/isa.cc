@@ -2,6 +2,12 @@
 
 #include <stdexcept>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace tt {
 namespace {
 
@@ -14,10 +20,23 @@ bool HasAvx512() {
 }
 bool HasAvx512Bf16() { return HasAvx512() && __builtin_cpu_supports("avx512bf16"); }
 bool HasNeon() { return false; }
+#if defined(__linux__)
+// Linux lends a process the tile registers when it asks; it asks for all its threads.
+bool HasAmx() {
+  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;  // of cpuid 7, 0, edx
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;    // asm/prctl.h, of Linux 5.16
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return HasAvx512Bf16() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kAmxBf16) != 0 &&
+         (d & kAmxTile) != 0 && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#else
+bool HasAmx() { return false; }
+#endif
 #else
 bool HasAvx2() { return false; }
 bool HasAvx512() { return false; }
 bool HasAvx512Bf16() { return false; }
+bool HasAmx() { return false; }
 bool HasNeon() { return true; }  // its table exists on 64-bit Arm only
 #endif
 
@@ -28,6 +47,7 @@ std::vector<const Ops*> AvailableOps() {
   const auto add = [&found](bool has, const Ops* ops) {
     if (has && ops != nullptr) found.push_back(ops);
   };
+  add(HasAmx(), AmxOps());
   add(HasAvx512Bf16(), Avx512Bf16Ops());
   add(HasAvx512(), Avx512Ops());
   add(HasAvx2(), Avx2Ops());

@@ -173,6 +173,7 @@ const Ops* ScalarOps();
 const Ops* Avx2Ops();
 const Ops* Avx512Ops();
 const Ops* Avx512Bf16Ops();
+const Ops* AmxOps();
 const Ops* NeonOps();
 
 }  // namespace tt

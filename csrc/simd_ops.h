@@ -197,14 +197,19 @@ inline void TileLoop(const Tile* tiles, const MatrixView& w, int num_cols, const
   }
 }
 
+// out (rows, k) bfloat16 = a.
+void RoundRows(const float* a, size_t lda, int rows, int k, uint16_t* out) {
+  for (int r = 0; r < rows; ++r) {
+    for (int i = 0; i < k; i += kWidth) {
+      StoreBf16(Vec::Load(a + r * lda + i), out + static_cast<size_t>(r) * k + i);
+    }
+  }
+}
+
 void Gemm(const MatrixView& w, int num_cols, const float* a, size_t lda, int rows, float* c,
           size_t ldc, bool add, uint16_t* scratch) {
   if (!w.bf16) return TileLoop(Tiles::kFloat, w, num_cols, a, lda, rows, c, ldc, add);
-  for (int r = 0; r < rows; ++r) {
-    for (int i = 0; i < w.k; i += kWidth) {
-      StoreBf16(Vec::Load(a + r * lda + i), scratch + static_cast<size_t>(r) * w.k + i);
-    }
-  }
+  RoundRows(a, lda, rows, w.k, scratch);
   TileLoop(Tiles::kBf16, w, num_cols, static_cast<const uint16_t*>(scratch), w.k, rows, c, ldc,
            add);
 }

@@ -96,7 +96,8 @@ void CheckGemmCase(int k, int n, int num_cols, bool bf16) {
     const PackedMatrix packed = test.Pack(*ops);
     for (bool add : {false, true}) {
       for (int rows = 1; rows <= 13; ++rows) CheckGemm(*ops, test, packed, rows, add);
-      for (int rows : {24, 25, kMaxRows}) CheckGemm(*ops, test, packed, rows, add);
+      for (int rows : {16, 17, 24, 25, 31, 32, 33, kMaxRows})
+        CheckGemm(*ops, test, packed, rows, add);
     }
   }
 }

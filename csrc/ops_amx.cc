@@ -1,0 +1,138 @@
+// Compiled for AVX-512 with its bfloat16 instructions, and AMX for products in bfloat16.
+#ifdef __AMX_BF16__
+#include "ops_avx512.inc.h"
+namespace {
+constexpr char kName[] = "amx_bf16";
+}
+#include "simd_ops.h"
+
+namespace {
+
+// A tile register: 16 rows of 64 bytes, so 16 float32 or 32 bfloat16.
+constexpr int kSide = 16;
+static_assert(kPanel == 2 * kSide && kPad == 2 * kSide && tt::kMaxRows % kPad == 0);
+
+// What LDTILECFG reads. A tile of no rows must not be used.
+struct alignas(64) TileConfig {
+  uint8_t palette = 1;
+  uint8_t start_row = 0;
+  uint8_t reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+
+// Registers for `rows` of a and c, at most kPad, and a panel of w: 0 and 1 are sums of the upper
+// half of the rows, 2 and 3 of the lower; 4 and 5 are those rows of a; 6 and 7 are w.
+void ConfigureTiles(int rows) {
+  const int upper = rows < kSide ? rows : kSide, lower = rows - upper;
+  const int heights[] = {upper, upper, lower, lower, upper, lower, kSide, kSide};
+  TileConfig config;
+  for (int tile = 0; tile < 8; ++tile) {
+    config.rows[tile] = static_cast<uint8_t>(heights[tile]);
+    config.row_bytes[tile] = heights[tile] > 0 ? 64 : 0;
+  }
+  _tile_loadconfig(&config);
+  asm volatile("" ::: "memory");  // what the tiles read is in memory by now
+}
+
+// c (rows, num_cols) += bias.
+void AddBias(const float* bias, int num_cols, int rows, float* c, size_t ldc) {
+  for (int r = 0; r < rows; ++r) {
+    for (int i = 0; i < num_cols; i += kWidth) {
+      (Vec::Load(c + r * ldc + i) + Vec::Load(bias + i)).Store(c + r * ldc + i);
+    }
+  }
+}
+
+// c (as configured, kPanel) = a w + bias; c += a w with `add`, the bias being there already.
+// Tiles are named by literals. Distances between rows are in bytes.
+template <bool kLower>
+void Tiles2x2(const uint16_t* a, size_t lda, const uint16_t* w, const float* bias, int k, float* c,
+              size_t ldc, bool add) {
+  const float* upper = add ? c : bias;
+  const size_t stride = add ? ldc : 0;  // 0: the bias in every row
+  float* c_lower = c + kSide * (ldc / sizeof(float));
+  const float* lower = add ? c_lower : bias;
+  _tile_loadd(0, upper, stride);
+  _tile_loadd(1, upper + kSide, stride);
+  if constexpr (kLower) {
+    _tile_loadd(2, lower, stride);
+    _tile_loadd(3, lower + kSide, stride);
+  }
+  const uint16_t* a_lower = a + kSide * (lda / sizeof(uint16_t));
+  constexpr size_t kPairRow = kPanel * 2 * sizeof(uint16_t);
+  for (int i = 0; i < k; i += kPad) {
+    _tile_loadd(6, w + i * kPanel, kPairRow);
+    _tile_loadd(7, w + i * kPanel + kPad, kPairRow);
+    _tile_loadd(4, a + i, lda);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    if constexpr (kLower) {
+      _tile_loadd(5, a_lower + i, lda);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, c, ldc);
+  _tile_stored(1, c + kSide, ldc);
+  if constexpr (kLower) {
+    _tile_stored(2, c_lower, ldc);
+    _tile_stored(3, c_lower + kSide, ldc);
+  }
+}
+
+void GemmInTiles(const MatrixView& w, int num_cols, const float* a, size_t lda, int rows, float* c,
+                 size_t ldc, bool add, uint16_t* scratch) {
+  if (!w.bf16) return Gemm(w, num_cols, a, lda, rows, c, ldc, add, scratch);
+  RoundRows(a, lda, rows, w.k, scratch);
+  if (add) AddBias(w.bias, num_cols, rows, c, ldc);
+  for (int begin = 0, configured = 0; begin < rows; begin += kPad) {
+    const int height = rows - begin < kPad ? rows - begin : kPad;
+    if (height != configured) ConfigureTiles(configured = height);
+    const auto tiles = height > kSide ? Tiles2x2<true> : Tiles2x2<false>;
+    for (int col = 0; col < num_cols; col += kPanel) {
+      tiles(scratch + static_cast<size_t>(begin) * w.k, w.k * sizeof(uint16_t),
+            static_cast<const uint16_t*>(w.data) + static_cast<size_t>(col) * w.k, w.bias + col,
+            w.k, c + begin * ldc + col, ldc * sizeof(float), add);
+    }
+  }
+  _tile_release();
+}
+
+// As many independent sums as a product has, no memory.
+double PeakLoopInTiles(int64_t iterations, bool bf16) {
+  if (!bf16) return PeakLoop(iterations, false);
+  ConfigureTiles(kPad);
+  _tile_zero(4);
+  _tile_zero(5);
+  _tile_zero(6);
+  _tile_zero(7);
+  for (int64_t i = 0; i < iterations; ++i) {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_release();
+  return static_cast<double>(iterations) * 4 * kSide * kSide * kPad * 2;
+}
+
+constexpr Ops WithTiles(Ops ops) {
+  ops.gemm = GemmInTiles;
+  ops.peak_loop = PeakLoopInTiles;
+  return ops;
+}
+constexpr Ops kTileOps = WithTiles(kSimdOps);
+
+}  // namespace
+
+namespace tt {
+const Ops* AmxOps() { return &kTileOps; }
+}  // namespace tt
+#else
+#include "ops.h"
+
+namespace tt {
+const Ops* AmxOps() { return nullptr; }
+}  // namespace tt
+#endif
