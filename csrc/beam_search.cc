@@ -430,7 +430,7 @@ void BeamSearch::CheckFits(int64_t nodes, int64_t rows, int64_t tokens) const {
 // Keys and values of one node in all layers.
 double BeamSearch::NodeBytes() const {
   const Shape& shape = model_->shape;
-  return sizeof(float) * 2.0 * shape.num_layers * shape.num_heads * shape.head_stride();
+  return model_->key_bytes() * 2.0 * shape.num_layers * shape.num_heads * shape.head_stride();
 }
 
 int BeamSearch::WaveSize(const PlanSettings& settings) const {

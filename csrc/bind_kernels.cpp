@@ -106,9 +106,9 @@ Floats RunLayerNorm(const Floats& x, const Floats& gamma, const Floats& beta,
 }
 
 // Two queries (2, heads, head_dim) over keys and values (len, heads, head_dim), of which the second
-// query sees all but the last `hidden` ones.
+// query sees all but the last `hidden` ones. The dtype is that of keys and values.
 Floats RunAttend(const Floats& q, const Floats& k, const Floats& v, int hidden,
-                 const std::string& isa) {
+                 const std::string& dtype, const std::string& isa) {
   if (q.ndim() != 3 || q.shape(0) != 2) Refuse("q", "(2, heads, head_dim)", ShapeText(q));
   const int heads = static_cast<int>(InRange<py::ssize_t>("heads", q.shape(1), 1, 1 << 10));
   const int dim = static_cast<int>(InRange<py::ssize_t>("head_dim", q.shape(2), 1, 1 << 10));
@@ -143,24 +143,29 @@ Floats RunAttend(const Floats& q, const Floats& k, const Floats& v, int hidden,
     for (int h = 0; h < heads; ++h)
       std::copy_n(q.data(r, h, 0), dim, &query[r * width + h * stride]);
   }
+  const Ops& ops = FindOps(isa);
+  const bool bf16 = IsBf16(dtype);
+  AlignedBuffer<uint16_t> rounded(bf16 ? kv.size() : 0);
+  if (bf16) ops.round(kv.data(), kv.size(), rounded.data());
   const uint32_t* paths[] = {path.data(), path.data()};
   const int32_t lens[] = {len, len - hidden}, shared[] = {0, len - hidden};
-  FindOps(isa).attend({.rows = 2,
-                       .q = query.data(),
-                       .q_stride = width,
-                       .kv = kv.data(),
-                       .head_size = head_size,
-                       .paths = paths,
-                       .lens = lens,
-                       .shared = shared,
-                       .num_heads = heads,
-                       .head_stride = stride,
-                       .scale = 1.0f / std::sqrt(static_cast<float>(dim)),
-                       .scores = scores.data(),
-                       .scores_size = scores.size() / kScoreRows,
-                       .fresh = fresh.data(),
-                       .out = out.data(),
-                       .out_stride = width});
+  ops.attend({.rows = 2,
+              .q = query.data(),
+              .q_stride = width,
+              .kv = bf16 ? static_cast<const void*>(rounded.data()) : kv.data(),
+              .bf16 = bf16,
+              .head_size = head_size,
+              .paths = paths,
+              .lens = lens,
+              .shared = shared,
+              .num_heads = heads,
+              .head_stride = stride,
+              .scale = 1.0f / std::sqrt(static_cast<float>(dim)),
+              .scores = scores.data(),
+              .scores_size = scores.size() / kScoreRows,
+              .fresh = fresh.data(),
+              .out = out.data(),
+              .out_stride = width});
   Floats result({2, heads, dim});
   for (int r = 0; r < 2; ++r) {
     for (int h = 0; h < heads; ++h) {
@@ -204,7 +209,7 @@ void BindKernels(py::module_& m) {
   m.def("gelu", &RunGelu, "x"_a, "isa"_a);
   m.def("softmax", &RunSoftmax, "x"_a, "isa"_a);
   m.def("layer_norm", &RunLayerNorm, "x"_a, "gamma"_a, "beta"_a, "isa"_a);
-  m.def("attend", &RunAttend, "q"_a, "k"_a, "v"_a, "hidden"_a, "isa"_a);
+  m.def("attend", &RunAttend, "q"_a, "k"_a, "v"_a, "hidden"_a, "dtype"_a, "isa"_a);
   m.def("peak_gflops", &PeakGflops, "dtype"_a, "num_threads"_a, "seconds"_a, "isa"_a);
 }
 

@@ -14,9 +14,10 @@ double SecondsSince(Clock::time_point begin) {
   return std::chrono::duration<double>(Clock::now() - begin).count();
 }
 
-// n floats, a multiple of kHeadPad: too few to call memcpy for.
-inline void CopyLanes(const float* from, size_t n, float* to) {
-  for (size_t i = 0; i < n; i += kHeadPad) std::memcpy(to + i, from + i, kHeadPad * sizeof(float));
+// n numbers, a multiple of kHeadPad: too few to call memcpy for.
+template <typename Number>
+inline void CopyLanes(const Number* from, size_t n, Number* to) {
+  for (size_t i = 0; i < n; i += kHeadPad) std::memcpy(to + i, from + i, kHeadPad * sizeof(Number));
 }
 
 // Fewer rows are not worth a thread of their own.
@@ -41,7 +42,7 @@ void Decoder::Reserve(int max_nodes, int max_path) {
   const Shape& shape = model_.shape;
   max_nodes_ = std::max(max_nodes_, static_cast<size_t>(max_nodes));
   for (auto& layer : kv_) {
-    layer.Reserve(max_nodes_ * shape.num_heads * 2 * shape.head_stride());
+    layer.Reserve(max_nodes_ * shape.num_heads * 2 * shape.head_stride() * model_.key_bytes());
   }
   for (Scratch& scratch : scratch_) {
     scratch.scores.ReserveZeroed(size_t{kScoreRows} * RoundUp(max_path, kPad));
@@ -148,31 +149,38 @@ void Decoder::AttentionInput(int layer, int begin, int end, bool keys_only, Scra
        end - begin, scratch.kvq.data(), 3 * attn, false, scratch);
   for (int row = begin; row < end; ++row) {
     const float* kvq = RowOf(scratch.kvq, row - begin, 3 * attn);
-    StoreKeys(layer, row, kvq);
+    if (model_.bf16) {
+      model_.ops.round(kvq, 2 * attn, scratch.rounded.data());
+      StoreKeys(layer, row, scratch.rounded.data());
+    } else {
+      StoreKeys(layer, row, kvq);
+    }
     if (pass_->chained && !keys_only) CopyLanes(kvq + 2 * attn, attn, RowOf(q_, row, attn));
   }
 }
 
 // Asks for the lines that StoreKeys will write, while the projection is computed.
 void Decoder::PrefetchKeys(int layer, int begin, int end) {
-  const Shape& shape = model_.shape;
+  const size_t key_bytes = model_.shape.head_stride() * model_.key_bytes();
+  const size_t head_bytes = head_size() * model_.key_bytes();
   for (int row = begin; row < end; ++row) {
-    for (int head = 0; head < shape.num_heads; ++head) {
-      const float* key = KeyOf(layer, head, row);
-      for (int i = 0; i < shape.head_stride(); i += 16) {
+    for (int head = 0; head < model_.shape.num_heads; ++head) {
+      const std::byte* key = KeyOf(layer, head, row);
+      for (size_t i = 0; i < key_bytes; i += 64) {
         __builtin_prefetch(key + i, 1, 2);
-        __builtin_prefetch(key + head_size() + i, 1, 2);
+        __builtin_prefetch(key + head_bytes + i, 1, 2);
       }
     }
   }
 }
 
 // kv: keys of all heads, then values of all heads.
-void Decoder::StoreKeys(int layer, int row, const float* kv) {
+template <typename Number>
+void Decoder::StoreKeys(int layer, int row, const Number* kv) {
   const Shape& shape = model_.shape;
   const size_t stride = shape.head_stride();
   for (int head = 0; head < shape.num_heads; ++head) {
-    float* key = KeyOf(layer, head, row);
+    Number* key = reinterpret_cast<Number*>(KeyOf(layer, head, row));
     CopyLanes(kv + head * stride, stride, key);
     CopyLanes(kv + shape.attn_width() + head * stride, stride, key + head_size());
   }
@@ -187,6 +195,7 @@ void Decoder::AttentionOutput(int layer, int begin, int end, Scratch& scratch) {
                      .q = pass_->chained ? RowOf(q_, begin, attn) : scratch.kvq.data() + 2 * attn,
                      .q_stride = static_cast<size_t>(pass_->chained ? attn : 3 * attn),
                      .kv = kv_[layer].data(),
+                     .bf16 = model_.bf16,
                      .head_size = head_size(),
                      .paths = pass_->path.data() + begin,
                      .lens = pass_->path_len.data() + begin,
@@ -270,9 +279,9 @@ void Decoder::ResetStats() {
 }
 
 size_t Decoder::allocated_bytes() const {
-  size_t floats = h_.size() + q_.size() + logits_.size();
-  for (const auto& layer : kv_) floats += layer.size();
-  return floats * sizeof(float);
+  size_t bytes = (h_.size() + q_.size() + logits_.size()) * sizeof(float);
+  for (const auto& layer : kv_) bytes += layer.size();
+  return bytes;
 }
 
 }  // namespace tt

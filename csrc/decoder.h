@@ -2,6 +2,7 @@
 #ifndef TT_DECODER_H_
 #define TT_DECODER_H_
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -63,7 +64,8 @@ class Decoder {
   int SharedPath(int row) const;
   void AttentionInput(int layer, int begin, int end, bool keys_only, Scratch& scratch);
   void PrefetchKeys(int layer, int begin, int end);
-  void StoreKeys(int layer, int row, const float* kv);
+  template <typename Number>
+  void StoreKeys(int layer, int row, const Number* kv);
   void AttentionOutput(int layer, int begin, int end, Scratch& scratch);
   void Mlp(int layer, int begin, int end, Scratch& scratch);
   void Logits(int begin, int end, Scratch& scratch);
@@ -77,10 +79,11 @@ class Decoder {
   }
   // Of all nodes, keys or values of one head.
   size_t head_size() const { return max_nodes_ * model_.shape.head_stride(); }
-  // The key of a row's node; its value is head_size() further.
-  float* KeyOf(int layer, int head, int row) {
+  // The key of a row's node; its value is head_size() numbers further.
+  std::byte* KeyOf(int layer, int head, int row) {
     const size_t node = pass_->node[row];
-    return kv_[layer].data() + 2 * head * head_size() + node * model_.shape.head_stride();
+    const size_t number = 2 * head * head_size() + node * model_.shape.head_stride();
+    return kv_[layer].data() + number * model_.key_bytes();
   }
   void Count(const Pass& pass);
 
@@ -88,12 +91,13 @@ class Decoder {
   ThreadPool& pool_;
   const Pass* pass_ = nullptr;
   size_t max_nodes_ = 0;
-  std::vector<AlignedBuffer<float>> kv_;  // a layer: (num_heads, 2, max_nodes, head_stride)
-  AlignedBuffer<float> h_;                // (rows, width) residual stream
-  AlignedBuffer<float> q_;                // (rows, attn_width)
-  std::vector<int32_t> shared_;           // (rows) AttendArgs::shared
-  AlignedBuffer<float> logits_;           // (leaves, logits_width)
-  std::vector<Scratch> scratch_;          // a thread
+  // a layer: (num_heads, 2, max_nodes, head_stride) float32, or bfloat16 if the weights are
+  std::vector<AlignedBuffer<std::byte>> kv_;
+  AlignedBuffer<float> h_;        // (rows, width) residual stream
+  AlignedBuffer<float> q_;        // (rows, attn_width)
+  std::vector<int32_t> shared_;   // (rows) AttendArgs::shared
+  AlignedBuffer<float> logits_;   // (leaves, logits_width)
+  std::vector<Scratch> scratch_;  // a thread
   DecoderStats stats_;
 };
 

@@ -88,6 +88,8 @@ struct Model {
   std::vector<Layer> layers;
   std::vector<PackedMatrix> heads;  // one a dimension, (width, logits_width)
 
+  // Bytes of a number that is kept of a node: keys and values have the type of the weights.
+  size_t key_bytes() const { return bf16 ? sizeof(uint16_t) : sizeof(float); }
   // Row of `embedding` of a token, or of a goal's token.
   int EmbeddingRow(int token, int dim) const;
   int GoalRow(int token, int goal_idx) const;

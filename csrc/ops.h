@@ -40,8 +40,10 @@ struct AttendArgs {
   const float* q;  // (rows, q_stride), of which (num_heads, head_stride) are used
   size_t q_stride;
   // (num_heads, 2, head_size): of each head all nodes' keys, then their values. (A node's two
-  // beside each other would leave half of the first cache's sets to each.)
-  const float* kv;
+  // beside each other would leave half of the first cache's sets to each.) float32 or bfloat16;
+  // arithmetic is float32.
+  const void* kv;
+  bool bf16;
   size_t head_size;
   const uint32_t* const* paths;  // (rows) of (len) offsets of nodes in kv
   const int32_t* lens;           // (rows), at least 1
@@ -151,6 +153,8 @@ struct Ops {
   // scratch: (rows, k) bfloat16, used if w.bf16.
   void (*gemm)(const MatrixView& w, int num_cols, const float* a, size_t lda, int rows, float* c,
                size_t ldc, bool add, uint16_t* scratch);
+  // out (n) bfloat16, the nearest to x, ties to even; n a multiple of kHeadPad.
+  void (*round)(const float* x, size_t n, uint16_t* out);
   // out (padded) = normalised x (width) * gamma + beta, zero in the padding.
   void (*layer_norm)(const float* x, const float* gamma, const float* beta, int width, float* out);
   // x (n) in place, n a multiple of kPad: exact GELU, x Phi(x).

@@ -33,6 +33,10 @@ void Gemm(const MatrixView& w, int num_cols, const float* a, size_t lda, int row
   }
 }
 
+void Round(const float* x, size_t n, uint16_t* out) {
+  for (size_t i = 0; i < n; ++i) out[i] = ToBf16(x[i]);
+}
+
 void LayerNorm(const float* x, const float* gamma, const float* beta, int width, float* out) {
   float mean = 0.0f, variance = 0.0f;
   for (int i = 0; i < width; ++i) mean += x[i];
@@ -56,28 +60,33 @@ void Softmax(const float* x, int n, float* probs) {
   for (int i = n; i < RoundUp(n, kPad); ++i) probs[i] = 0.0f;
 }
 
+float Number(float x) { return x; }
+float Number(uint16_t x) { return FromBf16(x); }
+
+template <typename Key>
 void AttendRow(const AttendArgs& args, int r, int head) {
   const uint32_t* path = args.paths[r];
   const float* q = args.q + r * args.q_stride + head * args.head_stride;
-  const float* keys = args.kv + 2 * head * args.head_size;
+  const Key* keys = static_cast<const Key*>(args.kv) + 2 * head * args.head_size;
   for (int j = 0; j < args.lens[r]; ++j) {
     float dot = 0.0f;
-    for (int i = 0; i < args.head_stride; ++i) dot += q[i] * keys[path[j] + i];
+    for (int i = 0; i < args.head_stride; ++i) dot += q[i] * Number(keys[path[j] + i]);
     args.scores[j] = dot * args.scale;
   }
   Softmax(args.scores, args.lens[r], args.scores);
   for (int i = 0; i < args.head_stride; ++i) {
     float sum = 0.0f;
     for (int j = 0; j < args.lens[r]; ++j) {
-      sum += args.scores[j] * keys[args.head_size + path[j] + i];
+      sum += args.scores[j] * Number(keys[args.head_size + path[j] + i]);
     }
     args.out[r * args.out_stride + head * args.head_stride + i] = sum;
   }
 }
 
 void Attend(const AttendArgs& args) {
+  const auto attend = args.bf16 ? AttendRow<uint16_t> : AttendRow<float>;
   for (int r = 0; r < args.rows; ++r) {
-    for (int head = 0; head < args.num_heads; ++head) AttendRow(args, r, head);
+    for (int head = 0; head < args.num_heads; ++head) attend(args, r, head);
   }
 }
 
@@ -90,9 +99,9 @@ double PeakLoop(int64_t iterations, bool) {
   return static_cast<double>(iterations) * 16.0;
 }
 
-constexpr Ops kOps = {"scalar",      kPanel,       Gemm,          LayerNorm, Gelu,
-                      Attend,        TrainForward, TrainBackward, TrainGelu, TrainNorm,
-                      TrainNormGrad, DrawKeep,     Softmax,       PeakLoop};
+constexpr Ops kOps = {"scalar",  kPanel,        Gemm,         Round,         LayerNorm,
+                      Gelu,      Attend,        TrainForward, TrainBackward, TrainGelu,
+                      TrainNorm, TrainNormGrad, DrawKeep,     Softmax,       PeakLoop};
 
 }  // namespace
 

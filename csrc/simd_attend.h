@@ -1,14 +1,15 @@
-// Attention over the tree of prefixes, written once over a vector type. Included by simd_ops.h.
+// Attention over the tree of prefixes, written once over a vector type and the type of keys and
+// values, float32 or bfloat16. Included by simd_ops.h.
 //
 // No include guard and nothing but anonymous namespaces: each instruction set has its own copy.
 
 namespace {
 
 // Sum over lanes still to come: q . key.
-template <int kVecs>
-inline Vec DotVecs(const Vec (&q)[kVecs], const float* key) {
-  Vec sum = q[0] * Vec::Load(key);
-  UNROLL for (int v = 1; v < kVecs; ++v) sum = Fma(q[v], Vec::Load(key + v * kWidth), sum);
+template <int kVecs, typename Key>
+inline Vec DotVecs(const Vec (&q)[kVecs], const Key* key) {
+  Vec sum = q[0] * LoadNumbers(key);
+  UNROLL for (int v = 1; v < kVecs; ++v) sum = Fma(q[v], LoadNumbers(key + v * kWidth), sum);
   return sum;
 }
 
@@ -37,15 +38,15 @@ inline FreshNodes CollectFresh(const AttendArgs& args) {
 }
 
 // The next pair's nodes, spread over the steps of this one.
-template <int kVecs>
+template <int kVecs, typename Key>
 struct Prefetcher {
-  const float* base = nullptr;  // keys or values of one head
+  const Key* base = nullptr;  // keys or values of one head
   const uint32_t* next = nullptr;
   const uint32_t* end = nullptr;
   int per_step = 0;
 
   Prefetcher() = default;
-  Prefetcher(const float* base, const FreshNodes& fresh, int row, int num_steps)
+  Prefetcher(const Key* base, const FreshNodes& fresh, int row, int num_steps)
       : base(base),
         next(fresh.nodes + fresh.begin[row]),
         end(fresh.nodes + fresh.begin[row + 2]),
@@ -55,7 +56,7 @@ struct Prefetcher {
     const uint32_t* stop = end - next < per_step ? end : next + per_step;
     for (; next < stop; ++next) {
       const char* node = reinterpret_cast<const char*>(base + *next);
-      UNROLL for (size_t i = 0; i < kVecs * kWidth * sizeof(float); i += 64) {
+      UNROLL for (size_t i = 0; i < kVecs * kWidth * sizeof(Key); i += 64) {
         __builtin_prefetch(node + i, 0, 3);
       }
     }
@@ -73,9 +74,9 @@ inline void LoadQuery(const float* q, float scale, Vec (&query)[kVecs]) {
 }
 
 // scores[j] = q . k_j for j in [begin, len), kMasked after them; begin is a multiple of kWidth.
-template <int kVecs>
-inline void DotKeys(const float* q, float scale, const float* keys, const uint32_t* path, int begin,
-                    int len, float* scores, Prefetcher<kVecs>& prefetcher) {
+template <int kVecs, typename Key>
+inline void DotKeys(const float* q, float scale, const Key* keys, const uint32_t* path, int begin,
+                    int len, float* scores, Prefetcher<kVecs, Key>& prefetcher) {
   Vec query[kVecs];
   LoadQuery<kVecs>(q, scale, query);
   // a vector of partial sums a key, then all of them reduced at once: lane i belongs to key j + i
@@ -84,11 +85,11 @@ inline void DotKeys(const float* q, float scale, const float* keys, const uint32
     Vec partial[kWidth];
     if (j + kWidth <= len) {
       UNROLL for (int i = 0; i < kWidth; ++i) {
-        partial[i] = DotVecs<kVecs>(query, keys + path[j + i]);
+        partial[i] = DotVecs<kVecs, Key>(query, keys + path[j + i]);
       }
     } else {
       UNROLL for (int i = 0; i < kWidth; ++i) {
-        partial[i] = DotVecs<kVecs>(query, keys + path[j + i < len ? j + i : len - 1]);
+        partial[i] = DotVecs<kVecs, Key>(query, keys + path[j + i < len ? j + i : len - 1]);
       }
     }
     SumEach(partial).Store(scores + j);
@@ -97,10 +98,10 @@ inline void DotKeys(const float* q, float scale, const float* keys, const uint32
 }
 
 // The same of a row and the next one over [0, end), a multiple of kWidth.
-template <int kVecs>
-inline void DotSharedKeys(const float* q, size_t q_stride, float scale, const float* keys,
+template <int kVecs, typename Key>
+inline void DotSharedKeys(const float* q, size_t q_stride, float scale, const Key* keys,
                           const uint32_t* path, int end, float* scores, size_t scores_size,
-                          Prefetcher<kVecs>& prefetcher) {
+                          Prefetcher<kVecs, Key>& prefetcher) {
   Vec query0[kVecs], query1[kVecs];
   LoadQuery<kVecs>(q, scale, query0);
   LoadQuery<kVecs>(q + (end > 0 ? q_stride : 0), scale, query1);
@@ -108,8 +109,8 @@ inline void DotSharedKeys(const float* q, size_t q_stride, float scale, const fl
     prefetcher.Step();
     Vec partial0[kWidth], partial1[kWidth];
     UNROLL for (int i = 0; i < kWidth; ++i) {
-      partial0[i] = DotVecs<kVecs>(query0, keys + path[j + i]);
-      partial1[i] = DotVecs<kVecs>(query1, keys + path[j + i]);
+      partial0[i] = DotVecs<kVecs, Key>(query0, keys + path[j + i]);
+      partial1[i] = DotVecs<kVecs, Key>(query1, keys + path[j + i]);
     }
     SumEach(partial0).Store(scores + j);
     SumEach(partial1).Store(scores + scores_size + j);
@@ -153,34 +154,34 @@ inline void StoreTotal(const Chains<kVecs>& chains, float scale, float* out) {
   }
 }
 
-template <int kVecs>
-inline void AddOne(float weight, const float* value, Vec (&sums)[kVecs]) {
+template <int kVecs, typename Key>
+inline void AddOne(float weight, const Key* value, Vec (&sums)[kVecs]) {
   const Vec w(weight);
-  UNROLL for (int v = 0; v < kVecs; ++v) sums[v] = Fma(w, Vec::Load(value + v * kWidth), sums[v]);
+  UNROLL for (int v = 0; v < kVecs; ++v) sums[v] = Fma(w, LoadNumbers(value + v * kWidth), sums[v]);
 }
 
 // Chains of values [0, end), then of [end, len) too; end is a multiple of kWidth. By value: sums
 // that live in a register may have no address.
-template <int kVecs>
-inline Chains<kVecs> AddValues(Chains<kVecs> chains, const float* weights, const float* values,
+template <int kVecs, typename Key>
+inline Chains<kVecs> AddValues(Chains<kVecs> chains, const float* weights, const Key* values,
                                const uint32_t* path, int end, int len,
-                               Prefetcher<kVecs>& prefetcher) {
+                               Prefetcher<kVecs, Key>& prefetcher) {
   int j = end;
   for (; j + chains.kChains <= len; j += chains.kChains) {
     prefetcher.Step();
     UNROLL for (int c = 0; c < chains.kChains; ++c) {
-      AddOne<kVecs>(weights[j + c], values + path[j + c], chains.sums[c]);
+      AddOne<kVecs, Key>(weights[j + c], values + path[j + c], chains.sums[c]);
     }
   }
-  for (; j < len; ++j) AddOne<kVecs>(weights[j], values + path[j], chains.sums[0]);
+  for (; j < len; ++j) AddOne<kVecs, Key>(weights[j], values + path[j], chains.sums[0]);
   return chains;
 }
 
 // Of a row and the next one, values [0, end).
-template <int kVecs>
-inline void AddSharedValues(const float* weights, size_t stride, const float* values,
+template <int kVecs, typename Key>
+inline void AddSharedValues(const float* weights, size_t stride, const Key* values,
                             const uint32_t* path, int end, Chains<kVecs>* out,
-                            Prefetcher<kVecs>& prefetcher) {
+                            Prefetcher<kVecs, Key>& prefetcher) {
   Chains<kVecs> a, b;
   UNROLL for (int c = 0; c < a.kChains; ++c) {
     UNROLL for (int v = 0; v < kVecs; ++v) a.sums[c][v] = b.sums[c][v] = Vec(0.0f);
@@ -190,9 +191,9 @@ inline void AddSharedValues(const float* weights, size_t stride, const float* va
     UNROLL for (int c = 0; c < a.kChains; ++c) {
       const Vec w0 = Vec::Broadcast(weights + j + c);
       const Vec w1 = Vec::Broadcast(weights + stride + j + c);
-      const float* value = values + path[j + c];
+      const Key* value = values + path[j + c];
       UNROLL for (int v = 0; v < kVecs; ++v) {
-        const Vec x = Vec::Load(value + v * kWidth);
+        const Vec x = LoadNumbers(value + v * kWidth);
         a.sums[c][v] = Fma(w0, x, a.sums[c][v]);
         b.sums[c][v] = Fma(w1, x, b.sums[c][v]);
       }
@@ -204,12 +205,12 @@ inline void AddSharedValues(const float* weights, size_t stride, const float* va
 
 // One head of rows [r, r + num_rows), at most kScoreRows: each step for all of them before the next
 // one, as a row alone would wait for its own maximum and sum. Pairs of rows share keys and values.
-template <int kVecs>
+template <int kVecs, typename Key>
 inline void AttendBlock(const AttendArgs& args, const FreshNodes& fresh, int head, int r,
                         int num_rows) {
   const int column = head * args.head_stride;
-  const float* keys = args.kv + 2 * head * args.head_size;
-  const float* values = keys + args.head_size;
+  const Key* keys = static_cast<const Key*>(args.kv) + 2 * head * args.head_size;
+  const Key* values = keys + args.head_size;
   const float* q = args.q + r * args.q_stride + column;
   float* out = args.out + r * args.out_stride + column;
   const uint32_t* const* paths = args.paths + r;
@@ -225,23 +226,23 @@ inline void AttendBlock(const AttendArgs& args, const FreshNodes& fresh, int hea
   for (int i = 0; i < num_rows; i += 2) {
     const bool is_pair = i + 1 < num_rows;
     ends[i] = is_pair ? args.shared[r + i + 1] / kWidth * kWidth : 0;
-    Prefetcher<kVecs> prefetcher(keys, fresh, r + i + 2, num_steps(i, kWidth));
-    DotSharedKeys<kVecs>(q + i * args.q_stride, args.q_stride, args.scale, keys, paths[i], ends[i],
-                         scores(i), args.scores_size, prefetcher);
+    Prefetcher<kVecs, Key> prefetcher(keys, fresh, r + i + 2, num_steps(i, kWidth));
+    DotSharedKeys<kVecs, Key>(q + i * args.q_stride, args.q_stride, args.scale, keys, paths[i],
+                              ends[i], scores(i), args.scores_size, prefetcher);
     for (int row = i; row < i + 1 + is_pair; ++row) {
-      DotKeys<kVecs>(q + row * args.q_stride, args.scale, keys, paths[row], ends[i], lens[row],
-                     scores(row), prefetcher);
+      DotKeys<kVecs, Key>(q + row * args.q_stride, args.scale, keys, paths[row], ends[i], lens[row],
+                          scores(row), prefetcher);
     }
   }
   for (int i = 0; i < num_rows; ++i) scales[i] = ExpScores(scores(i), lens[i]);
   for (int i = 0; i < num_rows; i += 2) {
     Chains<kVecs> chains[2];
-    Prefetcher<kVecs> prefetcher(values, fresh, r + i + 2, num_steps(i, kChainsOf<kVecs>));
-    AddSharedValues<kVecs>(scores(i), args.scores_size, values, paths[i], ends[i], chains,
-                           prefetcher);
+    Prefetcher<kVecs, Key> prefetcher(values, fresh, r + i + 2, num_steps(i, kChainsOf<kVecs>));
+    AddSharedValues<kVecs, Key>(scores(i), args.scores_size, values, paths[i], ends[i], chains,
+                                prefetcher);
     for (int row = i; row < i + 2 && row < num_rows; ++row) {
-      StoreTotal<kVecs>(AddValues<kVecs>(chains[row - i], scores(row), values, paths[row], ends[i],
-                                         lens[row], prefetcher),
+      StoreTotal<kVecs>(AddValues<kVecs, Key>(chains[row - i], scores(row), values, paths[row],
+                                              ends[i], lens[row], prefetcher),
                         scales[row], out + row * args.out_stride);
     }
   }
@@ -249,21 +250,22 @@ inline void AttendBlock(const AttendArgs& args, const FreshNodes& fresh, int hea
 
 // Heads outside, rows inside: neighbouring rows share most ancestors, and one head's part of these
 // fits the first cache.
-template <int kVecs>
+template <int kVecs, typename Key>
 void AttendHeads(const AttendArgs& args) {
   const FreshNodes fresh = CollectFresh(args);
   for (int head = 0; head < args.num_heads; ++head) {
     for (int r = 0; r < args.rows; r += tt::kScoreRows) {
       const int end = r + tt::kScoreRows < args.rows ? r + tt::kScoreRows : args.rows;
-      AttendBlock<kVecs>(args, fresh, head, r, end - r);
+      AttendBlock<kVecs, Key>(args, fresh, head, r, end - r);
     }
   }
 }
 
 // Heads of other widths, a vector at a time.
+template <typename Key>
 void AttendWide(const AttendArgs& args) {
   for (int head = 0; head < args.num_heads; ++head) {
-    const float* keys = args.kv + 2 * head * args.head_size;
+    const Key* keys = static_cast<const Key*>(args.kv) + 2 * head * args.head_size;
     for (int r = 0; r < args.rows; ++r) {
       const uint32_t* path = args.paths[r];
       const int len = args.lens[r];
@@ -272,7 +274,7 @@ void AttendWide(const AttendArgs& args) {
       for (int j = 0; j < tt::RoundUp(len, kWidth); ++j) {
         Vec sum(0.0f);
         for (int i = 0; j < len && i < args.head_stride; i += kWidth) {
-          sum = Fma(Vec::Load(q + i), Vec::Load(keys + path[j] + i), sum);
+          sum = Fma(Vec::Load(q + i), LoadNumbers(keys + path[j] + i), sum);
         }
         args.scores[j] = j < len ? Sum(sum) * args.scale : kMasked;
       }
@@ -280,22 +282,27 @@ void AttendWide(const AttendArgs& args) {
       for (int i = 0; i < args.head_stride; i += kWidth) {
         Chains<1> chains;
         for (auto& sums : chains.sums) sums[0] = Vec(0.0f);
-        const float* values = keys + args.head_size + i;
-        Prefetcher<1> none;
-        StoreTotal<1>(AddValues<1>(chains, args.scores, values, path, 0, len, none), scale,
+        const Key* values = keys + args.head_size + i;
+        Prefetcher<1, Key> none;
+        StoreTotal<1>(AddValues<1, Key>(chains, args.scores, values, path, 0, len, none), scale,
                       out + i);
       }
     }
   }
 }
 
-void Attend(const AttendArgs& args) {
+template <typename Key>
+void AttendKeys(const AttendArgs& args) {
   const int vecs = args.head_stride / kWidth;
-  if (vecs == 1) return AttendHeads<1>(args);
-  if (vecs == 2) return AttendHeads<2>(args);
-  if (vecs == 4) return AttendHeads<4>(args);
-  if (vecs == 8) return AttendHeads<8>(args);
-  AttendWide(args);
+  if (vecs == 1) return AttendHeads<1, Key>(args);
+  if (vecs == 2) return AttendHeads<2, Key>(args);
+  if (vecs == 4) return AttendHeads<4, Key>(args);
+  if (vecs == 8) return AttendHeads<8, Key>(args);
+  AttendWide<Key>(args);
+}
+
+void Attend(const AttendArgs& args) {
+  args.bf16 ? AttendKeys<uint16_t>(args) : AttendKeys<float>(args);
 }
 
 }  // namespace

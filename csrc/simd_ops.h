@@ -21,6 +21,17 @@ constexpr float kMasked = -1e30f;  // its exp is zero
 constexpr int kPanel = kTileVecs * kWidth;
 static_assert(kPad % kPanel == 0 && kHeadPad % kWidth == 0);
 
+// ---- numbers in memory, float32 or bfloat16 ----
+
+inline Vec LoadNumbers(const float* x) { return Vec::Load(x); }
+inline Vec LoadNumbers(const uint16_t* x) { return Vec::LoadBf16(x); }
+inline void StoreNumbers(Vec x, float* out) { x.Store(out); }
+inline void StoreNumbers(Vec x, uint16_t* out) { StoreBf16(x, out); }
+
+void Round(const float* x, size_t n, uint16_t* out) {
+  for (size_t i = 0; i < n; i += kWidth) StoreBf16(Vec::Load(x + i), out + i);
+}
+
 // ---- elementary functions ----
 
 // e^x, relative error 1e-7: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]. Zero far below.
@@ -199,11 +210,7 @@ inline void TileLoop(const Tile* tiles, const MatrixView& w, int num_cols, const
 
 // out (rows, k) bfloat16 = a.
 void RoundRows(const float* a, size_t lda, int rows, int k, uint16_t* out) {
-  for (int r = 0; r < rows; ++r) {
-    for (int i = 0; i < k; i += kWidth) {
-      StoreBf16(Vec::Load(a + r * lda + i), out + static_cast<size_t>(r) * k + i);
-    }
-  }
+  for (int r = 0; r < rows; ++r) Round(a + r * lda, k, out + static_cast<size_t>(r) * k);
 }
 
 void Gemm(const MatrixView& w, int num_cols, const float* a, size_t lda, int rows, float* c,
@@ -236,8 +243,8 @@ double PeakLoop(int64_t iterations, bool bf16) {
   return static_cast<double>(iterations) * kTileRows * kTileVecs * kWidth * (bf16 ? 4 : 2);
 }
 
-constexpr Ops kSimdOps = {kName,         kPanel,       Gemm,          LayerNorm, GeluRow,
-                          Attend,        TrainForward, TrainBackward, TrainGelu, TrainNorm,
-                          TrainNormGrad, DrawKeep,     Softmax,       PeakLoop};
+constexpr Ops kSimdOps = {kName,     kPanel,        Gemm,         Round,         LayerNorm,
+                          GeluRow,   Attend,        TrainForward, TrainBackward, TrainGelu,
+                          TrainNorm, TrainNormGrad, DrawKeep,     Softmax,       PeakLoop};
 
 }  // namespace

@@ -72,11 +72,6 @@ void Product(const float* a, size_t lda, const Panels& b, int inner, int rows, i
 
 // ---- rows of tensors ----
 
-inline Vec LoadNumbers(const float* x) { return Vec::Load(x); }
-inline Vec LoadNumbers(const uint16_t* x) { return Vec::LoadBf16(x); }
-inline void StoreNumbers(Vec x, float* out) { x.Store(out); }
-inline void StoreNumbers(Vec x, uint16_t* out) { StoreBf16(x, out); }
-
 // out = x (dim) * factor, zero behind it in whole vectors.
 template <typename T>
 inline void LoadRow(const T* x, int dim, float factor, float* out) {

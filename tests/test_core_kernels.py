@@ -97,10 +97,15 @@ def test_layer_norm(isa: str, cols: int) -> None:
 @pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 33, 79])
 @pytest.mark.parametrize(("heads", "dim"), [(1, 3), (2, 16), (4, 32), (3, 40), (1, 64), (2, 80)])
 @pytest.mark.parametrize("hidden", [0, 1, 20])
-def test_attention(isa: str, length: int, heads: int, dim: int, hidden: int) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_attention(isa: str, length: int, heads: int, dim: int, hidden: int, dtype: str) -> None:
     """Two neighbours that share ancestors, the second one without the last `hidden` of them."""
     hidden = min(hidden, length - 1)
     q, k, v = normal(0, 2, heads, dim), normal(1, length, heads, dim), normal(2, length, heads, dim)
+    if dtype == "bfloat16":  # keys and values are rounded, sums are not
+        given, (k, v) = (k, v), (k.bfloat16().float(), v.bfloat16().float())
+    else:
+        given = k, v
     mask = torch.ones(2, length, dtype=torch.bool)
     mask[1, length - hidden :] = False
 
@@ -108,7 +113,8 @@ def test_attention(isa: str, length: int, heads: int, dim: int, hidden: int) -> 
         query, keys, values = (x.to(dtype).transpose(0, 1) for x in (q, k, v))
         return F.scaled_dot_product_attention(query, keys, values, mask).transpose(0, 1)
 
-    got = _core.attend(q.numpy(), k.numpy(), v.numpy(), hidden, isa=isa)
+    keys, values = (x.numpy() for x in given)
+    got = _core.attend(q.numpy(), keys, values, hidden, dtype=dtype, isa=isa)
     assert_close(got, attention(torch.float64), attention(torch.float32))
 
 

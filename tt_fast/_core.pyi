@@ -95,6 +95,7 @@ def attend(
     k: NDArray[np.float32],
     v: NDArray[np.float32],
     hidden: int,
+    dtype: str,
     isa: str,
 ) -> NDArray[np.float32]: ...
 

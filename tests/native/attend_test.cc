@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "bfloat16.h"
 #include "check.h"
 #include "isa.h"
 #include "ops.h"
@@ -15,18 +16,20 @@ constexpr float kGuard = 123.25f;  // in memory that must not be written
 
 struct AttendCase {
   int rows, num_heads, head_dim, stride, num_nodes;
+  bool bf16;  // kv is rounded, and handed over as bfloat16
   size_t width;
   std::vector<float> q, kv;
   std::vector<std::vector<uint32_t>> paths;
   std::vector<int32_t> lens, shared;
 
   // A path is the first nodes of the row before it, up to all of them, then any others.
-  AttendCase(int num_heads, int head_dim, std::vector<int32_t> row_lens, double spread)
+  AttendCase(int num_heads, int head_dim, std::vector<int32_t> row_lens, double spread, bool bf16)
       : rows(static_cast<int>(row_lens.size())),
         num_heads(num_heads),
         head_dim(head_dim),
         stride(RoundUp(head_dim, kHeadPad)),
         num_nodes(*std::max_element(row_lens.begin(), row_lens.end()) + 9),
+        bf16(bf16),
         width(size_t(num_heads) * stride + 7),
         lens(std::move(row_lens)) {
     Random random(num_heads * 100 + head_dim);
@@ -34,6 +37,7 @@ struct AttendCase {
     kv = random.Normals(size_t(num_heads) * num_nodes * 2 * stride, spread);
     for (int i = 0; i < static_cast<int>(kv.size()); ++i) {
       if (i % stride >= head_dim) kv[i] = 0.0f;
+      if (bf16) kv[i] = RoundToBf16(kv[i]);
     }
     for (int r = 0; r < rows; ++r) {
       const int most = r == 0 ? 0 : std::min(lens[r], lens[r - 1]);
@@ -68,11 +72,15 @@ std::vector<float> RunAttend(const Ops& ops, const AttendCase& test, int begin, 
   const size_t scores_size = RoundUp(longest, kPad);
   std::vector<float> scores(kScoreRows * scores_size), out((end - begin) * test.width, kGuard);
   std::vector<uint32_t> fresh((end - begin) * longest);
+  std::vector<uint16_t> halves(test.bf16 ? test.kv.size() : 0);
+  for (size_t i = 0; i < halves.size(); ++i) halves[i] = ToBf16(test.kv[i]);
   AttendArgs args{};
   args.rows = end - begin;
   args.q = &test.q[begin * test.width];
   args.q_stride = test.width;
   args.kv = test.kv.data();
+  if (test.bf16) args.kv = halves.data();
+  args.bf16 = test.bf16;
   args.head_size = test.head_size();
   args.paths = &paths[begin];
   args.lens = &test.lens[begin];
@@ -121,7 +129,7 @@ void CheckAttendHead(const AttendCase& test, const std::vector<float>& out, int 
 
 void CheckAttend(const Ops& ops, const AttendCase& test) {
   const Context context(Text(ops.name, "heads", test.num_heads, "width", test.head_dim, "rows",
-                             test.rows, "first len", test.lens[0]));
+                             test.rows, "first len", test.lens[0], test.bf16 ? "bf16" : "fp32"));
   const std::vector<float> out = RunAttend(ops, test, 0, test.rows);
   const size_t used = size_t(test.num_heads) * test.stride;
   for (int row = 0; row < test.rows; ++row) {
@@ -133,14 +141,18 @@ void CheckAttend(const Ops& ops, const AttendCase& test) {
   }
 }
 
+void CheckTables(int num_heads, int head_dim, const std::vector<int32_t>& lens, double spread) {
+  for (bool bf16 : {false, true}) {
+    const AttendCase test(num_heads, head_dim, lens, spread, bf16);
+    for (const Ops* ops : AvailableOps()) CheckAttend(*ops, test);
+  }
+}
+
 }  // namespace
 
 TEST(AttendAllLengths) {
   for (int head_dim : {16, 32, 48, 64}) {
-    for (int len = 1; len <= 70; ++len) {
-      const AttendCase test(1 + len % 3, head_dim, {len}, 1.0);
-      for (const Ops* ops : AvailableOps()) CheckAttend(*ops, test);
-    }
+    for (int len = 1; len <= 70; ++len) CheckTables(1 + len % 3, head_dim, {len}, 1.0);
   }
 }
 
@@ -148,17 +160,13 @@ TEST(AttendRowsOfDifferentLengths) {
   for (int head_dim : {5, 8, 16, 24, 32, 33, 48, 64, 80, 96, 128}) {
     std::vector<int32_t> lens = {1, 70, 2, 16, 17, 15, 70, 33, 4, 3, 8, 31, 32};
     for (int i = 0; i < 25; ++i) lens.push_back(40 + i % 3);  // as in a plan
-    const AttendCase test(2, head_dim, lens, 1.0);
-    for (const Ops* ops : AvailableOps()) CheckAttend(*ops, test);
+    CheckTables(2, head_dim, lens, 1.0);
   }
 }
 
 // Scores in the hundreds: all but a few weights vanish, and none overflows.
 TEST(AttendSharply) {
-  for (int head_dim : {16, 32, 48, 64}) {
-    const AttendCase test(2, head_dim, {1, 9, 40}, 12.0);
-    for (const Ops* ops : AvailableOps()) CheckAttend(*ops, test);
-  }
+  for (int head_dim : {16, 32, 48, 64}) CheckTables(2, head_dim, {1, 9, 40}, 12.0);
 }
 
 }  // namespace tt::test
