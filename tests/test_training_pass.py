@@ -279,10 +279,11 @@ def test_an_error_in_a_pass_comes_through() -> None:
 @pytest.mark.parametrize(
     ("num_windows", "window_len", "num_threads", "wanted"),
     [
-        (256, 159, 1, 13),  # 20 passes of 13 windows
-        (256, 159, 2, 13),
-        (256, 159, 16, 8),  # 32 passes: two a thread
-        (256, 249, 2, 8),
+        (256, 159, 1, 26),  # 10 passes of 26 windows
+        (256, 159, 2, 26),
+        (256, 159, 16, 16),  # a pass a thread
+        (256, 159, 4, 22),  # 12 passes: three a thread
+        (256, 249, 2, 16),
         (3, 159, 16, 1),
         (8, 27, 2, 4),
         (1, 5000, 4, 1),

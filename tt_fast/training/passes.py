@@ -39,8 +39,9 @@ from tt_fast.training.cpu_ops import (
     self_attention,
 )
 
-#: Tokens of one pass, about: near the fastest of 4 to 32 windows with the official models.
-CPU_PASS_TOKENS = 2048
+#: Tokens of one pass, about. Each pass casts weights and adds up gradients, some 20 ms with the
+#: official models, so that short ones waste time; long ones leave the caches and take memory.
+CPU_PASS_TOKENS = 4096
 
 
 class Batch(NamedTuple):
