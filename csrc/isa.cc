@@ -40,9 +40,7 @@ bool HasAmx() { return false; }
 bool HasNeon() { return true; }  // its table exists on 64-bit Arm only
 #endif
 
-}  // namespace
-
-std::vector<const Ops*> AvailableOps() {
+std::vector<const Ops*> FindAvailableOps() {
   std::vector<const Ops*> found;
   const auto add = [&found](bool has, const Ops* ops) {
     if (has && ops != nullptr) found.push_back(ops);
@@ -56,10 +54,16 @@ std::vector<const Ops*> AvailableOps() {
   return found;
 }
 
+}  // namespace
+
+const std::vector<const Ops*>& AvailableOps() {
+  static const std::vector<const Ops*> found = FindAvailableOps();  // asking takes microseconds
+  return found;
+}
+
 const Ops& FindOps(const std::string& name) {
-  const std::vector<const Ops*> found = AvailableOps();
   std::string names = "auto";
-  for (const Ops* ops : found) {
+  for (const Ops* ops : AvailableOps()) {
     if (name == "auto" || name == ops->name) return *ops;
     names += std::string(", ") + ops->name;
   }

@@ -10,7 +10,7 @@
 namespace tt {
 
 // What was compiled and runs here, fastest first; the last one is "scalar".
-std::vector<const Ops*> AvailableOps();
+const std::vector<const Ops*>& AvailableOps();
 
 // The table of that name, the fastest for "auto"; throws std::invalid_argument if there is none.
 const Ops& FindOps(const std::string& name);
