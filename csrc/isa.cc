@@ -21,13 +21,15 @@ bool HasAvx512() {
 bool HasAvx512Bf16() { return HasAvx512() && __builtin_cpu_supports("avx512bf16"); }
 bool HasNeon() { return false; }
 #if defined(__linux__)
-// Linux lends a process the tile registers when it asks; it asks for all its threads.
+// Linux lends a process the tile registers when it asks; it asks for all its threads. Their signals
+// then need larger stacks of their own, so it asks only if there is a table.
 bool HasAmx() {
   constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;  // of cpuid 7, 0, edx
   constexpr int kRequestPermission = 0x1023, kTileData = 18;    // asm/prctl.h, of Linux 5.16
   unsigned a = 0, b = 0, c = 0, d = 0;
-  return HasAvx512Bf16() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kAmxBf16) != 0 &&
-         (d & kAmxTile) != 0 && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return AmxOps() != nullptr && HasAvx512Bf16() && __get_cpuid_count(7, 0, &a, &b, &c, &d) &&
+         (d & kAmxBf16) != 0 && (d & kAmxTile) != 0 &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 #else
 bool HasAmx() { return false; }

@@ -153,7 +153,8 @@ struct Ops {
   // scratch: (rows, k) bfloat16, used if w.bf16.
   void (*gemm)(const MatrixView& w, int num_cols, const float* a, size_t lda, int rows, float* c,
                size_t ldc, bool add, uint16_t* scratch);
-  // out (n) bfloat16, the nearest to x, ties to even; n a multiple of kHeadPad.
+  // out (n) bfloat16, the nearest to x, ties to even (subnormal numbers may become zero); n a
+  // multiple of kHeadPad.
   void (*round)(const float* x, size_t n, uint16_t* out);
   // out (padded) = normalised x (width) * gamma + beta, zero in the padding.
   void (*layer_norm)(const float* x, const float* gamma, const float* beta, int width, float* out);

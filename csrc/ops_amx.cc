@@ -1,16 +1,25 @@
-// Compiled for AVX-512 with its bfloat16 instructions, and AMX for products in bfloat16.
+// The table of AVX-512 with bfloat16, its products in bfloat16 by AMX.
 #ifdef __AMX_BF16__
+#include "ops.h"
 #include "ops_avx512.inc.h"
-namespace {
-constexpr char kName[] = "amx_bf16";
-}
-#include "simd_ops.h"
 
 namespace {
+
+using tt::kPad;
+using tt::MatrixView;
+using tt::Ops;
 
 // A tile register: 16 rows of 64 bytes, so 16 float32 or 32 bfloat16.
 constexpr int kSide = 16;
-static_assert(kPanel == 2 * kSide && kPad == 2 * kSide && tt::kMaxRows % kPad == 0);
+// Columns of a panel of weights, of which two tiles hold kPad rows.
+constexpr int kPanel = 2 * kSide;
+static_assert(kPad == 2 * kSide && tt::kMaxRows % kPad == 0);
+
+const Ops& Base() { return *tt::Avx512Bf16Ops(); }
+
+// What tiles read must be in memory, and what they wrote must be read from there: the compiler does
+// not know that they do.
+inline void Fence() { asm volatile("" ::: "memory"); }
 
 // What LDTILECFG reads. A tile of no rows must not be used.
 struct alignas(64) TileConfig {
@@ -31,24 +40,25 @@ void ConfigureTiles(int rows) {
     config.rows[tile] = static_cast<uint8_t>(heights[tile]);
     config.row_bytes[tile] = heights[tile] > 0 ? 64 : 0;
   }
+  Fence();
   _tile_loadconfig(&config);
-  asm volatile("" ::: "memory");  // what the tiles read is in memory by now
 }
 
 // c (rows, num_cols) += bias.
 void AddBias(const float* bias, int num_cols, int rows, float* c, size_t ldc) {
   for (int r = 0; r < rows; ++r) {
-    for (int i = 0; i < num_cols; i += kWidth) {
+    for (int i = 0; i < num_cols; i += Vec::kWidth) {
       (Vec::Load(c + r * ldc + i) + Vec::Load(bias + i)).Store(c + r * ldc + i);
     }
   }
 }
 
-// c (as configured, kPanel) = a w + bias; c += a w with `add`, the bias being there already.
-// Tiles are named by literals. Distances between rows are in bytes.
+// c (as configured, kPanel) = a w + bias; c += a w with `add`, the bias being there already. With
+// kLower there are more than kSide rows. Tiles are named by literals; distances between rows are in
+// bytes.
 template <bool kLower>
-void Tiles2x2(const uint16_t* a, size_t lda, const uint16_t* w, const float* bias, int k, float* c,
-              size_t ldc, bool add) {
+void MultiplyPanel(const uint16_t* a, size_t lda, const uint16_t* w, const float* bias, int k,
+                   float* c, size_t ldc, bool add) {
   const float* upper = add ? c : bias;
   const size_t stride = add ? ldc : 0;  // 0: the bias in every row
   float* c_lower = c + kSide * (ldc / sizeof(float));
@@ -63,7 +73,7 @@ void Tiles2x2(const uint16_t* a, size_t lda, const uint16_t* w, const float* bia
   constexpr size_t kPairRow = kPanel * 2 * sizeof(uint16_t);
   for (int i = 0; i < k; i += kPad) {
     _tile_loadd(6, w + i * kPanel, kPairRow);
-    _tile_loadd(7, w + i * kPanel + kPad, kPairRow);
+    _tile_loadd(7, w + i * kPanel + 2 * kSide, kPairRow);
     _tile_loadd(4, a + i, lda);
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
@@ -81,27 +91,30 @@ void Tiles2x2(const uint16_t* a, size_t lda, const uint16_t* w, const float* bia
   }
 }
 
-void GemmInTiles(const MatrixView& w, int num_cols, const float* a, size_t lda, int rows, float* c,
-                 size_t ldc, bool add, uint16_t* scratch) {
-  if (!w.bf16) return Gemm(w, num_cols, a, lda, rows, c, ldc, add, scratch);
-  RoundRows(a, lda, rows, w.k, scratch);
+void Gemm(const MatrixView& w, int num_cols, const float* a, size_t lda, int rows, float* c,
+          size_t ldc, bool add, uint16_t* scratch) {
+  if (!w.bf16) return Base().gemm(w, num_cols, a, lda, rows, c, ldc, add, scratch);
+  const size_t k = w.k;
+  for (int r = 0; r < rows; ++r) Base().round(a + r * lda, k, scratch + r * k);
   if (add) AddBias(w.bias, num_cols, rows, c, ldc);
+  Fence();
   for (int begin = 0, configured = 0; begin < rows; begin += kPad) {
     const int height = rows - begin < kPad ? rows - begin : kPad;
     if (height != configured) ConfigureTiles(configured = height);
-    const auto tiles = height > kSide ? Tiles2x2<true> : Tiles2x2<false>;
+    const auto multiply = height > kSide ? MultiplyPanel<true> : MultiplyPanel<false>;
     for (int col = 0; col < num_cols; col += kPanel) {
-      tiles(scratch + static_cast<size_t>(begin) * w.k, w.k * sizeof(uint16_t),
-            static_cast<const uint16_t*>(w.data) + static_cast<size_t>(col) * w.k, w.bias + col,
-            w.k, c + begin * ldc + col, ldc * sizeof(float), add);
+      multiply(scratch + begin * k, k * sizeof(uint16_t),
+               static_cast<const uint16_t*>(w.data) + col * k, w.bias + col, w.k,
+               c + begin * ldc + col, ldc * sizeof(float), add);
     }
   }
   _tile_release();
+  Fence();
 }
 
 // As many independent sums as a product has, no memory.
-double PeakLoopInTiles(int64_t iterations, bool bf16) {
-  if (!bf16) return PeakLoop(iterations, false);
+double PeakLoop(int64_t iterations, bool bf16) {
+  if (!bf16) return Base().peak_loop(iterations, false);
   ConfigureTiles(kPad);
   _tile_zero(4);
   _tile_zero(5);
@@ -117,17 +130,21 @@ double PeakLoopInTiles(int64_t iterations, bool bf16) {
   return static_cast<double>(iterations) * 4 * kSide * kSide * kPad * 2;
 }
 
-constexpr Ops WithTiles(Ops ops) {
-  ops.gemm = GemmInTiles;
-  ops.peak_loop = PeakLoopInTiles;
+Ops MakeOps() {
+  Ops ops = Base();
+  ops.name = "amx_bf16";
+  ops.gemm = Gemm;
+  ops.peak_loop = PeakLoop;
   return ops;
 }
-constexpr Ops kTileOps = WithTiles(kSimdOps);
 
 }  // namespace
 
 namespace tt {
-const Ops* AmxOps() { return &kTileOps; }
+const Ops* AmxOps() {
+  static const Ops ops = MakeOps();
+  return &ops;
+}
 }  // namespace tt
 #else
 #include "ops.h"

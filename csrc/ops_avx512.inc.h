@@ -39,8 +39,8 @@ inline Vec Fma(Vec a, Vec b, Vec c) { return Vec(_mm512_fmadd_ps(a.v, b.v, c.v))
 inline Vec Max(Vec a, Vec b) { return Vec(_mm512_max_ps(a.v, b.v)); }
 inline Vec Min(Vec a, Vec b) { return Vec(_mm512_min_ps(a.v, b.v)); }
 inline Vec Round(Vec a) { return Vec(_mm512_roundscale_ps(a.v, 0)); }
-// Below the smallest normal number the result is zero: smaller ones, which hidden keys would bring
-// with them, are made by microcode on some processors, a hundred times as slowly.
+// Below the exponents of normal numbers the result is zero: smaller ones, which hidden keys would
+// bring with them, are made by microcode on some processors, a hundred times as slowly.
 inline Vec ScaleByPowerOf2(Vec a, Vec n) {
   const __mmask16 normal = _mm512_cmp_ps_mask(n.v, _mm512_set1_ps(-126.0f), _CMP_GE_OQ);
   return Vec(_mm512_maskz_scalef_ps(normal, a.v, n.v));

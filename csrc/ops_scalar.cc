@@ -33,7 +33,7 @@ void Gemm(const MatrixView& w, int num_cols, const float* a, size_t lda, int row
   }
 }
 
-void Round(const float* x, size_t n, uint16_t* out) {
+void RoundNumbers(const float* x, size_t n, uint16_t* out) {
   for (size_t i = 0; i < n; ++i) out[i] = ToBf16(x[i]);
 }
 
@@ -99,7 +99,7 @@ double PeakLoop(int64_t iterations, bool) {
   return static_cast<double>(iterations) * 16.0;
 }
 
-constexpr Ops kOps = {"scalar",  kPanel,        Gemm,         Round,         LayerNorm,
+constexpr Ops kOps = {"scalar",  kPanel,        Gemm,         RoundNumbers,  LayerNorm,
                       Gelu,      Attend,        TrainForward, TrainBackward, TrainGelu,
                       TrainNorm, TrainNormGrad, DrawKeep,     Softmax,       PeakLoop};
 

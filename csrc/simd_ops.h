@@ -28,7 +28,7 @@ inline Vec LoadNumbers(const uint16_t* x) { return Vec::LoadBf16(x); }
 inline void StoreNumbers(Vec x, float* out) { x.Store(out); }
 inline void StoreNumbers(Vec x, uint16_t* out) { StoreBf16(x, out); }
 
-void Round(const float* x, size_t n, uint16_t* out) {
+void RoundNumbers(const float* x, size_t n, uint16_t* out) {
   for (size_t i = 0; i < n; i += kWidth) StoreBf16(Vec::Load(x + i), out + i);
 }
 
@@ -210,7 +210,7 @@ inline void TileLoop(const Tile* tiles, const MatrixView& w, int num_cols, const
 
 // out (rows, k) bfloat16 = a.
 void RoundRows(const float* a, size_t lda, int rows, int k, uint16_t* out) {
-  for (int r = 0; r < rows; ++r) Round(a + r * lda, k, out + static_cast<size_t>(r) * k);
+  for (int r = 0; r < rows; ++r) RoundNumbers(a + r * lda, k, out + static_cast<size_t>(r) * k);
 }
 
 void Gemm(const MatrixView& w, int num_cols, const float* a, size_t lda, int rows, float* c,
@@ -243,7 +243,7 @@ double PeakLoop(int64_t iterations, bool bf16) {
   return static_cast<double>(iterations) * kTileRows * kTileVecs * kWidth * (bf16 ? 4 : 2);
 }
 
-constexpr Ops kSimdOps = {kName,     kPanel,        Gemm,         Round,         LayerNorm,
+constexpr Ops kSimdOps = {kName,     kPanel,        Gemm,         RoundNumbers,  LayerNorm,
                           GeluRow,   Attend,        TrainForward, TrainBackward, TrainGelu,
                           TrainNorm, TrainNormGrad, DrawKeep,     Softmax,       PeakLoop};
 

@@ -6,6 +6,10 @@ same float64 one, plus a few roundings of the largest number.
 
 from __future__ import annotations
 
+import ctypes
+import platform
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,6 +40,25 @@ def normal(seed: int, *shape: int) -> Tensor:
 def test_this_machine_runs_more_than_the_oracle() -> None:
     assert available_isas()[-1] == "scalar"
     assert len(set(available_isas())) == len(available_isas())
+
+
+#: What Linux says of a processor whose table must be there.
+FLAGS = {
+    "avx2": {"avx2", "fma"},
+    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
+    "avx512_bf16": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"},
+    "amx_bf16": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "amx_bf16"},
+}
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or sys.platform != "linux", reason="asks Linux")
+@pytest.mark.parametrize("isa", FLAGS)
+def test_what_the_processor_has_is_used(isa: str) -> None:
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    flags = set(next(line for line in lines if line.startswith("flags")).split())
+    if isa == "amx_bf16" and ctypes.CDLL(None).syscall(158, 0x1023, 18) != 0:
+        pytest.skip("Linux lends no tile registers")  # arch_prctl(ARCH_REQ_XCOMP_PERM, tile data)
+    assert (isa in available_isas()) == (flags >= FLAGS[isa])
 
 
 @isas
@@ -109,8 +132,8 @@ def test_attention(isa: str, length: int, heads: int, dim: int, hidden: int, dty
     mask = torch.ones(2, length, dtype=torch.bool)
     mask[1, length - hidden :] = False
 
-    def attention(dtype: Any) -> Tensor:
-        query, keys, values = (x.to(dtype).transpose(0, 1) for x in (q, k, v))
+    def attention(precision: Any) -> Tensor:
+        query, keys, values = (x.to(precision).transpose(0, 1) for x in (q, k, v))
         return F.scaled_dot_product_attention(query, keys, values, mask).transpose(0, 1)
 
     keys, values = (x.numpy() for x in given)

@@ -107,7 +107,7 @@ class TrainConfig:
     """Windows per optimiser step."""
     pass_windows: int | None = None
     """Windows that go through the model at once, their gradients added up to a step's; less is less
-    memory. None: some 2,048 tokens on the CPU, all windows of a step elsewhere."""
+    memory. None: some 4,096 tokens on the CPU, all windows of a step elsewhere."""
     learning_rate: float = 6e-4
     """Peak learning rate, reached after warm-up."""
     weight_decay: float = 0.1

@@ -3,7 +3,7 @@
 The same mathematics as `TrajectoryTransformer.token_losses` in training mode, with changes that a
 profile asked for:
 
-- a step's windows pass through in groups whose activations stay in the cache, each group on one
+- a step's windows pass through in groups small enough for the larger caches, each group on one
   thread from beginning to end, so that threads wait for each other once a step;
 - dropout masks come from generators side by side, made into bytes as they are drawn; they are
   addressed by (seed, step, pass), so resuming needs no state of them;
@@ -39,8 +39,9 @@ from tt_fast.training.cpu_ops import (
     self_attention,
 )
 
-#: Tokens of one pass, about. Each pass casts weights and adds up gradients, some 20 ms with the
-#: official models, so that short ones waste time; long ones leave the caches and take memory.
+#: Tokens of one pass, about. Each pass has a cost of its own, some 20 ms with the official models
+#: (gradients are added up, in bfloat16 weights are cast); long ones leave the caches and take more
+#: memory.
 CPU_PASS_TOKENS = 4096
 
 
