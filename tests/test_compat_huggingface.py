@@ -93,9 +93,10 @@ def test_transformers_reads_what_we_write_and_trains_alike(name: str, tmp_path: 
     model.save_pretrained(tmp_path / "saved")
     theirs = theirs_module.TrajectoryTransformerModel.from_pretrained(tmp_path / "saved").eval()
     assert theirs.state_dict().keys() == model.state_dict().keys()
+    assert weights_equal(theirs, model)
     tokens, targets, mask = tensors(check, "tokens", "targets", "mask")
-    with torch.no_grad():
-        np.testing.assert_array_equal(theirs(tokens)[0].numpy(), check["logits"])
+    with torch.no_grad():  # what was recorded on another processor is equal up to rounding
+        assert_as_exact(theirs(tokens)[0], check["logits"], check["logits64"])
     ours = TrajectoryTransformerModel(theirs.config).eval()
     ours.load_state_dict(theirs.state_dict())
     for each in (ours, theirs):
