@@ -1,16 +1,11 @@
 #include "model.h"
 
-#include <bit>
 #include <stdexcept>
+
+#include "bfloat16.h"
 
 namespace tt {
 namespace {
-
-// Round to nearest, ties to even.
-uint16_t ToBf16(float x) {
-  const uint32_t bits = std::bit_cast<uint32_t>(x);
-  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
 
 AlignedBuffer<float> Padded(const float* source, int rows, int cols, int padded) {
   AlignedBuffer<float> out;
