@@ -96,7 +96,7 @@ def test_faster_tt() -> None:
 
 
 def test_huggingface() -> None:
-    hopper().save_foreign("trajectory-transformer-hopper-medium-v2", "huggingface")
+    hopper().save_foreign("CarlCochet/trajectory-transformer-hopper-medium-v2", "huggingface")
     names = run(
         "huggingface",
         trajectories=torch.randint(0, 8, (2, 27)),

@@ -1,4 +1,4 @@
-"""This machine's planning speed: every backend at a few settings, each with its answer checked.
+"""This machine's planning speed: every backend but cuda at a few settings, answers checked.
 
 A row comes from a process of its own (`measure`); the reference judges what is planned.
 """

@@ -22,7 +22,7 @@ Row = TypeVar("Row", "BackendRow", "ReturnRow")
 
 @dataclass(frozen=True, kw_only=True)
 class Bench(Command):
-    """Time planning on this machine, every backend, after it has shown that its plans are right.
+    """Time planning on this machine: every backend but cuda, after it has planned rightly.
 
     With --checkpoint, plans are those of a trained model in its environment, and a second table has
     latency against return.
