@@ -209,4 +209,6 @@ def test_numpy_numbers_become_pythons() -> None:
     plain = config_to_dict(config)
     assert json.loads(json.dumps(plain)) == plain
     assert config_from_dict(ModelConfig, plain) == config
+    betas = config_to_dict(TrainConfig(betas=(np.float32(0.5), np.float32(0.75))))["betas"]
+    assert json.dumps(betas) == "[0.5, 0.75]"
     assert PlanConfig(estimate=np.float32(0.9)).estimate == np.float32(0.9)

@@ -290,6 +290,13 @@ def test_the_benchmark_checks_and_measures(tmp_path: Path) -> None:
 # --- refusals -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("strategy", ["quantile", "uniform"])
+def test_episodes_of_one_step_are_too_short(strategy: Strategy) -> None:
+    config = tiny_train_config(strategy=strategy)
+    with pytest.raises(ValueError, match=r"dataset: expected an episode of 2 or more steps"):
+        tokenize(tiny_dataset(length=1), tiny_model_config(), config)
+
+
 def test_a_file_needs_a_folder() -> None:
     message = 'folder: expected a folder, for token_storage="file", got None'
     with pytest.raises(ValueError, match=re.escape(message)):

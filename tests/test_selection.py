@@ -71,6 +71,12 @@ def test_a_device_that_there_is_not_shows_before_training(tmp_path: Path) -> Non
     assert not (tmp_path / "run").exists()
 
 
+def test_auto_is_a_device(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.load(save_model(tmp_path / "model"))
+    auto = EpisodeScore(TOY, episodes=1, plan=PLAN, device="auto")
+    assert auto(checkpoint) == EpisodeScore(TOY, episodes=1, plan=PLAN)(checkpoint)
+
+
 def test_what_cannot_be_played_shows_before_training(tmp_path: Path) -> None:
     dataset = tiny_dataset()  # of an environment that there is not
     config = tiny_train_config(eval_every=1, max_windows=8)

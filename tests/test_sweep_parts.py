@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import socket
 
+import numpy as np
 import pytest
 
 from tt_fast.config import TrainConfig
@@ -15,6 +17,11 @@ from tt_fast.sweep.trial import SweepConfig, Trial
 def test_models_are_not_scored_while_they_train():
     with pytest.raises(ValueError, match=r"^train.eval_every: expected None in a sweep, got 5$"):
         SweepConfig(train=TrainConfig(eval_every=5))
+
+
+def test_budgets_of_numpys_numbers_are_json():
+    budgets = SweepConfig(train=TrainConfig(max_tokens=np.int64(9))).budgets()
+    assert json.loads(json.dumps(budgets))["max_tokens"] == 9
 
 
 def test_places_of_a_cluster():

@@ -50,6 +50,12 @@ def test_marginal_losses_are_entropies() -> None:
     )
 
 
+def test_numpys_numbers_train(tmp_path: Path) -> None:
+    plain = run(tmp_path / "plain", 2, pass_windows=3, betas=(0.5, 0.75))
+    config = {"pass_windows": np.int64(3), "betas": (np.float32(0.5), np.float32(0.75))}
+    assert weights_equal(plain.model, run(tmp_path / "numpy", 2, **config).model)
+
+
 def test_same_seed_same_weights_and_global_random_state_untouched(tmp_path: Path) -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()

@@ -3,9 +3,13 @@
 import contextlib
 import json
 import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from tiny import weights_equal
 from train_runs import columns, interrupt_in_step, run
 
@@ -115,6 +119,39 @@ def test_an_interrupt_of_the_last_evaluation_leaves_nothing_out(tmp_path: Path) 
     assert Checkpoint.load(tmp_path).metadata == json.loads(json.dumps(resumed.metadata))
     run(tmp_path, 8, eval_every=4, evaluator=_Scores(), resume=True)  # nothing is left to score
     assert _scores(tmp_path) == [(4, 1.0), (8, 2.0)]
+
+
+@pytest.mark.parametrize("make", [np.float32, np.int64, torch.tensor])
+def test_a_score_may_be_any_number(tmp_path: Path, make: Callable[[int], Any]) -> None:
+    last = run(tmp_path, 3, eval_every=3, evaluator=_Scores(make(7)))
+    assert last.metadata["best_score"] == 7.0
+    assert Checkpoint.load(tmp_path / "best").metadata["best_score"] == 7.0
+
+
+def test_an_evaluator_that_fails_costs_no_training(tmp_path: Path) -> None:
+    scores = _Scores(3.0)  # and an IndexError at step 4
+    with pytest.raises(IndexError):
+        run(tmp_path, 6, eval_every=2, checkpoint_steps=100, evaluator=scores)
+    saved = Checkpoint.load(tmp_path).metadata
+    assert (saved["step"], saved["best_score"]) == (4, 3.0)
+    run(tmp_path, 6, eval_every=2, checkpoint_steps=100, evaluator=_Scores(1.0, 2.0), resume=True)
+    assert _scores(tmp_path) == [(2, 3.0), (4, 1.0), (6, 2.0)]
+    assert Checkpoint.load(tmp_path / "best").metadata["step"] == 2
+
+
+def test_a_score_is_saved_with_its_checkpoint(tmp_path: Path) -> None:
+    kept = []
+
+    def evaluator(checkpoint: Checkpoint) -> float:
+        kept.append(Checkpoint.load(tmp_path).metadata)  # what a kill now would leave
+        return 10.0 - checkpoint.metadata["step"]
+
+    run(tmp_path, 5, eval_every=2, checkpoint_steps=100, evaluator=evaluator)
+    assert [(found["step"], found["best_score"]) for found in kept] == [
+        (2, None),
+        (4, 8.0),
+        (5, 8.0),
+    ]
 
 
 def test_an_early_stop_logs_its_last_steps(tmp_path: Path) -> None:

@@ -38,6 +38,27 @@ def test_checkpoints_do_not_change_the_result(tmp_path: Path) -> None:
     assert weights_equal(rare.model, frequent.model)
 
 
+def test_more_frequent_rows_after_resuming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_in_step(5, patch)
+        run(tmp_path, 10, log_steps=100)
+    run(tmp_path, 10, log_steps=2, resume=True)
+    assert [row[0] for row in columns(tmp_path)] == [6, 8, 10]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+def test_a_resumed_run_keeps_no_checkpoint_mapped(tmp_path: Path) -> None:
+    mapped = []
+
+    def evaluator(checkpoint: Checkpoint) -> float:
+        mapped.append("training_state" in Path("/proc/self/maps").read_text())
+        return 0.0
+
+    run(tmp_path, 4)
+    run(tmp_path, 8, resume=True, eval_every=8, evaluator=evaluator)
+    assert mapped == [False]
+
+
 def test_a_finished_run_resumes_to_itself(tmp_path: Path) -> None:
     first = run(tmp_path, 7)
     again = run(tmp_path, 7, resume=True)

@@ -277,8 +277,14 @@ Config = TypeVar("Config", bound=ModelConfig | TrainConfig | PlanConfig)
 
 def config_to_dict(config: ModelConfig | TrainConfig | PlanConfig) -> dict[str, Any]:
     """The fields of `config`, ready for JSON: numpy's numbers become Python's."""
-    fields = dataclasses.asdict(config)
-    return {k: v.item() if hasattr(v, "item") else v for k, v in fields.items()}
+    return {name: _plain(value) for name, value in dataclasses.asdict(config).items()}
+
+
+def _plain(value: Any) -> Any:
+    """Without numpy's numbers, in a tuple neither."""
+    if isinstance(value, tuple):
+        return tuple(map(_plain, value))
+    return value.item() if hasattr(value, "item") else value
 
 
 def config_from_dict(cls: type[Config], values: dict[str, Any]) -> Config:

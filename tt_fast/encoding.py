@@ -63,6 +63,8 @@ def tokenize(
         termination_penalty=train_config.termination_penalty,
         max_path_length=train_config.max_path_length,
     )
+    longest = int(transitions.path_lengths.max())
+    require(longest >= 2, "dataset", "an episode of 2 or more steps before its last row", longest)
     discretizer = Discretizer.fit_columns(
         transitions.columns(), train_config.num_bins, train_config.strategy
     )

@@ -38,7 +38,8 @@ class EpisodeScore:
     seed: int = 1_000_000
     """Of the first episode, the same at every evaluation; far from those that results use."""
     device: str = "cpu"
-    """Where plans are made: "cpu", "cuda" (the GPU that is current) or another of torch's names."""
+    """Where plans are made: "auto", "cpu", "cuda" (the GPU that is current) or another of
+    torch's names."""
 
     def __post_init__(self) -> None:
         require(isinstance(self.plan, PlanConfig), "plan", "a PlanConfig", self.plan)
@@ -65,7 +66,7 @@ class EpisodeScore:
             ValueError, ImportError: as `evaluate`.
             KeyboardInterrupt: Ctrl-C before all episodes were finished.
         """
-        checkpoint = replace(checkpoint, model=checkpoint.model.to(self.device))
+        checkpoint = replace(checkpoint, model=checkpoint.model.to(pick_device(self.device)))
         result = evaluate(
             Planner(checkpoint, self.plan, plan_freq=self.plan_freq),
             self.env_id,

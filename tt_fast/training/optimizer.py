@@ -32,7 +32,7 @@ def build_optimizer(model: TrajectoryTransformer, config: TrainConfig) -> torch.
     return torch.optim.AdamW(
         groups,
         lr=config.learning_rate,
-        betas=config.betas,
+        betas=(float(config.betas[0]), float(config.betas[1])),
         weight_decay=config.weight_decay,
         fused=model.pos_emb.device.type == "cuda" or None,  # None: torch's choice
     )

@@ -118,7 +118,8 @@ def read_state(
     try:
         with safe_open(folder / _STATE, framework="pt") as file:
             about = file.metadata()
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # copies: a tensor of safetensors keeps the file mapped, and it is to be deleted one day
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{folder / _STATE}: absent or damaged, cannot resume: {error}") from error
     if about is None or about.get("sha256") != _digest(tensors):

@@ -82,6 +82,7 @@ class Trainer:
         self.at = Position()
         self.stopping = False  # an interrupt that all workers know of
         self.unsaved = False  # the newest checkpoint lacks something
+        self.saved_at = time.monotonic()
         self._order, self._order_epoch = torch.empty(0, dtype=torch.int64), -1
         self.marginal_losses = marginal_losses(windows, model_config)
         self.windows = windows.to(device)  # after what counts their tokens here
@@ -113,18 +114,17 @@ class Trainer:
 
     def _run_steps(self, output_dir: Path, log: RunLog, bar: Any, interrupt: Interrupt) -> None:
         """Steps, evaluations and checkpoints, the last one at the end."""
-        saved_at = clock = time.monotonic()
+        self.saved_at = clock = time.monotonic()
         self._evaluate_if_due(output_dir, log, interrupt)  # one that was cut short
         while self.fraction < 1.0 and not self.stopping:
             self._step()
             now = time.monotonic()
-            minutes = self._agree(now - clock, now - saved_at, interrupt) / 60.0
-            if self.at.sum_steps == self.config.log_steps:
+            minutes = self._agree(now - clock, now - self.saved_at, interrupt) / 60.0
+            if self.at.sum_steps >= self.config.log_steps:
                 self._log(log, bar)
             due = self.at.step % self.config.checkpoint_steps == 0
             if (due or minutes >= self.config.checkpoint_minutes) and self.fraction < 1.0:
                 self._save(output_dir)
-                saved_at = time.monotonic()
             self._evaluate_if_due(output_dir, log, interrupt)
             clock = time.monotonic()
         if not self.stopping:
@@ -271,29 +271,34 @@ class Trainer:
     def _evaluate(
         self, evaluator: Evaluator, output_dir: Path, log: RunLog, interrupt: Interrupt
     ) -> None:
-        """Score the model, on the first worker; keep it if it is the best one."""
+        """Score the model, on the first worker; keep it if it is the best one.
+
+        A checkpoint before it: an evaluator's failure must not cost training. One after it: `best/`
+        and the position agree.
+        """
+        if self.unsaved:
+            self._save(output_dir)
         at, score = self.at, math.nan
         if self.workers.is_first and not interrupt.happened:
             with contextlib.suppress(KeyboardInterrupt), interrupt.at_once():
-                score = evaluator(self.checkpoint())
-                require_number("evaluator's score", score)
+                found = evaluator(self.checkpoint())
+                require_number("evaluator's score", found)
+                score = float(found)
             if interrupt.happened:  # the evaluator may have made do with what it had
                 score = math.nan
         score = self.workers.agree(score)
         if math.isnan(score):  # interrupted: the evaluation comes again after resuming
             self.stopping = True
             return
-        self.unsaved = True
         at.eval_step = at.step
         is_best = at.best_score is None or score > at.best_score
         at.worse_evals = 0 if is_best else at.worse_evals + 1
         at.best_score = score if is_best else at.best_score
-        if not self.workers.is_first:
-            return
         log.write_score({"step": at.step, "tokens": at.tokens, "score": score})
-        if is_best:
+        if is_best and self.workers.is_first:
             with new_best(output_dir) as folder:
                 self.checkpoint().write(folder)
+        self._save(output_dir)
 
     # ---- checkpoints ----
 
@@ -304,7 +309,7 @@ class Trainer:
         metadata = {
             "env_id": dataset.env_id,
             "dataset": dataset.name,
-            "ref_scores": list(dataset.ref_scores) if dataset.ref_scores else None,
+            "ref_scores": [*map(float, dataset.ref_scores)] if dataset.ref_scores else None,
             "discount": self.config.discount,
             "train_config": config_to_dict(self.config),
             "step": at.step,
@@ -343,7 +348,7 @@ class Trainer:
 
     def _save(self, output_dir: Path) -> None:
         """Write checkpoints/step_N whole; the first worker does."""
-        self.unsaved = False
+        self.unsaved, self.saved_at = False, time.monotonic()
         if not self.workers.is_first:
             return
         with new_checkpoint(output_dir, self.at.step) as folder:
