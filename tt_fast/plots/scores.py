@@ -187,9 +187,9 @@ def _draw_scored(strip: Axes, axes: Axes, returns: Floats) -> None:
     strip.tick_params(bottom=False)
     strip.set(yticks=[], ylim=(-1.0, 1.0))
     for value in returns:
-        strip.axvline(value, 0.0, 0.5, color=POLICY, linewidth=1.0)
+        strip.axvline(value, 0.0, 0.3, color=POLICY, linewidth=1.0)
         axes.axvline(value, color=POLICY, linewidth=1.0, alpha=0.35)
-    strip.plot(returns, np.zeros(len(returns)), "o", color=POLICY, markersize=6, alpha=0.85)
+    strip.plot(returns, np.full(len(returns), -0.4), "o", color=POLICY, markersize=6, alpha=0.85)
     mean = float(returns.mean())
     text = f"policy: {mean:.0f}"
     if len(returns) > 1:
@@ -197,7 +197,7 @@ def _draw_scored(strip: Axes, axes: Axes, returns: Floats) -> None:
         text = f"policy: {len(returns)} episodes, mean {mean:.0f} ± {error:.0f} (s.e.)"
     on_left = mean > sum(strip.get_xlim()) / 2
     outermost = float(returns.min() if on_left else returns.max())
-    label_beside(strip, outermost, 0.0, text, POLICY)
+    label_beside(strip, outermost, 0.6, text, POLICY)  # above the dots, however many there are
 
 
 def _add_normalised_axis(axes: Axes, ref_scores: tuple[float, float]) -> None:
