@@ -13,6 +13,7 @@ from tt_fast.config import ModelConfig
 from tt_fast.discretizer import Discretizer
 from tt_fast.model import TrajectoryTransformer
 from tt_fast.planning import Planner
+from tt_fast.results import EvalResult
 
 
 @pytest.fixture
@@ -87,10 +88,9 @@ def test_evaluate_interrupted(capsys, tmp_path, model, monkeypatch):
 def test_evaluate_interrupted_with_nothing_to_keep(capsys, tmp_path, model, monkeypatch):
     monkeypatch.setattr(Planner, "act", ctrl_c)
     out = tmp_path / "result.json"
-    out.write_text("of an earlier run")
     run("evaluate", model, "--out", out, "--no-progress", status=130)
     assert capsys.readouterr().err == "tt-fast: interrupted: no result was written\n"
-    assert out.read_text() == "of an earlier run"
+    assert not out.exists()
 
 
 def test_evaluate_writes_a_histogram(capsys, tmp_path, model, toy_data):
@@ -99,6 +99,8 @@ def test_evaluate_writes_a_histogram(capsys, tmp_path, model, toy_data):
     assert refuse(capsys, *argv) == message
     run(*argv, "--dataset", toy_data)
     assert (tmp_path / "returns.png").read_bytes().startswith(b"\x89PNG")
+    shown = refuse(capsys, "evaluate", model, "--dataset", toy_data)
+    assert shown.startswith("dataset: expected None without --histogram, got ")
 
 
 def test_evaluate_films_the_first_episode_only(tmp_path, model, monkeypatch):
@@ -126,6 +128,33 @@ def test_evaluate_refuses_bad_outputs_before_it_plays(capsys, model, tmp_path):
         assert shown.startswith(f"{option[2:]}: expected the name of a file, got 'the folder")
     shown = refuse(capsys, "evaluate", model, "--histogram", tmp_path / "h.foo")
     assert shown == "histogram: expected .png, .pdf or .svg, got '.foo'"
+    shown = refuse(capsys, "evaluate", model, "--video", tmp_path / "h.avi")
+    assert shown.startswith("video: expected a name that ends in .mp4, got ")
+    out = tmp_path / "result.json"
+    out.write_text("of an earlier run")
+    shown = refuse(capsys, "evaluate", model, "--out", out)
+    assert shown == f"out: expected a new file, or --resume to go on with it, got '{out}'"
+    assert out.read_text() == "of an earlier run"
+
+
+def test_evaluate_refuses_models_that_cannot_be_pooled_before_it_plays(
+    capsys, tmp_path, model, monkeypatch
+):
+    monkeypatch.setattr(Planner, "act", ctrl_c)  # not reached
+    others = {"dataset": "more-data", "discount": 0.5, "ref_scores": [1.0, 2.0]}
+    for idx, (name, value) in enumerate(others.items()):
+        other = save_model(tmp_path / str(idx), **{name: value})
+        shown = refuse(capsys, "evaluate", model, other)
+        assert shown.startswith("checkpoints: expected one "), name
+
+
+def test_a_result_is_saved_before_it_is_said(capsys, tmp_path, model, monkeypatch):
+    def broken(result):
+        raise UnicodeEncodeError("ascii", "±", 0, 1, "ordinal not in range(128)")
+
+    monkeypatch.setattr(EvalResult, "__str__", broken)
+    run("evaluate", model, "--out", tmp_path / "r.json", "--no-progress", *BEAM, status=2)
+    assert len(played(tmp_path / "r.json")) == 1
 
 
 def test_evaluate_names_a_missing_environment(capsys, tmp_path):
@@ -224,6 +253,13 @@ def test_resume_refuses_what_cannot_be_pooled(capsys, tmp_path, model):
     (tmp_path / "newer").rename(model)  # the run went on
     assert refused("--seeds", 4) == "checkpoint_step: expected 5, as in OUT, got 9"
     assert out.read_bytes() == before
+
+
+def test_resume_says_that_no_episode_is_left_to_film(capsys, tmp_path, model):
+    argv = ["evaluate", model, "--no-progress", "--out", tmp_path / "result.json", "--resume"]
+    run(*argv, *BEAM)
+    shown = refuse(capsys, *argv, *BEAM, "--video", tmp_path / "a.mp4")
+    assert shown.startswith("video: expected None, as no episode is left to play, got ")
 
 
 def test_resume_needs_a_file_of_results(capsys, tmp_path, model):

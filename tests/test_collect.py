@@ -22,6 +22,7 @@ from toy_env import TOY_ENV, register_toy
 
 from tt_fast.collect import collect
 from tt_fast.data import load_dataset
+from tt_fast.data.hdf5 import DatasetWriter
 from tt_fast.envs import make_env
 
 register_toy()
@@ -191,6 +192,24 @@ def test_interrupted_and_continued_equals_uninterrupted(max_calls, flush_rows, s
         assert_same_content(out, expected)
         if max_calls > flush_rows + 10:  # an episode has at most 8 steps
             assert again.num_calls < 80
+
+
+def test_ctrl_c_when_rows_are_written_writes_them_once(tmp_path, monkeypatch):
+    append, calls = DatasetWriter.append, []
+
+    def interrupted(writer, arrays):
+        append(writer, arrays)
+        calls.append(writer.num_rows)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(collect_module, "FLUSH_ROWS", 10)
+    monkeypatch.setattr(DatasetWriter, "append", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        collect_toy(NoisyPolicy(), 40, tmp_path / "a.hdf5")
+    assert len(calls) == 1
+    collect_toy(NoisyPolicy(), 40, tmp_path / "a.hdf5")
+    assert_same_content(tmp_path / "a.hdf5", collect_toy(NoisyPolicy(), 40, tmp_path / "b.hdf5"))
 
 
 def test_rows_are_written_in_time_however_few(tmp_path, monkeypatch):

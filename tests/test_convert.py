@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,19 @@ def test_the_discretizer_is_fitted_on_the_dataset(
     assert "discretizer with 8 bins" in capsys.readouterr().out
     assert Checkpoint.load(bare).discretizer is None
     assert Checkpoint.load(fitted).discretizer is not None
+    # ours, once more as the note says; and one that has its bins
+    again = tmp_path / "again"
+    assert main(["convert", str(bare), "--output-dir", str(again), *dataset]) == 0
+    for folder in (fitted, again):
+        found = Checkpoint.load(folder).discretizer
+        assert found is not None
+        np.testing.assert_array_equal(
+            found.thresholds, Checkpoint.load(fitted).discretizer.thresholds
+        )
+        argv = ["convert", str(folder), "--output-dir", str(tmp_path / "x"), *dataset]
+        capsys.readouterr()
+        assert main(argv) == 2
+        assert "dataset: expected None, as" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -94,7 +108,9 @@ def test_errors_leave_nothing(
 def test_what_a_format_cannot_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     goal = tiny_checkpoint(goal_conditioned=True).save(tmp_path / "goal")
     bare = Checkpoint(tiny_checkpoint().model, None).save(tmp_path / "bare")
+    uniform = replace(tiny_checkpoint(), metadata={"train_config": {"strategy": "uniform"}})
     cases = [
+        (uniform.save(tmp_path / "uniform"), "jannerm", 'strategy: expected "quantile"'),
         (goal, "huggingface", "model: expected one without goal"),
         (goal, "faster_tt", "model: expected one without goal"),
         (goal, "jannerm", "goal_value_mask: expected"),

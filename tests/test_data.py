@@ -104,6 +104,11 @@ def test_dataset_as_source_gets_another_environment():
     assert (again.env_id, again.ref_scores) == ("Hopper-v4", (0.0, 1.0))
     assert again.observations is dataset.observations
     assert load_dataset(again).ref_scores == (0.0, 1.0)
+    # of Hopper-v4, and of no other environment
+    assert load_dataset(again, env_id="Hopper-v5").ref_scores is None
+    assert load_dataset(again, env_id="Hopper-v4").ref_scores == (0.0, 1.0)
+    own = make_arrays() | {"env_id": "Hopper-v4", "ref_scores": (0, 10)}
+    assert load_dataset(own, env_id="Hopper-v5").ref_scores is None
 
 
 def test_environment_brings_its_reference_scores():

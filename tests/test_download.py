@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -208,6 +209,16 @@ def test_name_is_downloaded_once(server, path, arrays, monkeypatch):
         dataset = load_dataset(NAME)
         assert (dataset.name, dataset.env_id) == (NAME, "Hopper-v4")
         np.testing.assert_array_equal(dataset.observations, arrays["observations"])
+    assert server.ranges == [None]
+
+
+def test_many_at_once_download_once(server, path, monkeypatch):
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(path.parent))
+    info = replace(DATASETS[NAME], url=server.url)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: fetch_dataset(info, progress=False), range(4)))
+    assert found == [path] * 4
+    assert path.read_bytes() == server.content
     assert server.ranges == [None]
 
 

@@ -1,10 +1,12 @@
 """Files and folders appear whole or not at all."""
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from tt_fast.files import atomic_folder, atomic_write
+from tt_fast.files import atomic_folder, atomic_write, write_text
 
 
 def test_write_replaces_the_old_file(tmp_path: Path) -> None:
@@ -25,6 +27,25 @@ def test_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
         raise RuntimeError("boom")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    link, path = tmp_path / "link", tmp_path / "x.txt"
+    path.write_text("old")
+    link.symlink_to(path)
+    write_text(link, "new")
+    assert (link.is_symlink(), path.read_text()) == (True, "new")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes with names")
+def test_a_pipe_is_written_and_stays(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as pool:
+        read = pool.submit(pipe.read_text)
+        write_text(pipe, "said")
+        assert read.result(timeout=10) == "said"
+    assert pipe.is_fifo()
 
 
 def test_folder_appears_at_the_end(tmp_path: Path) -> None:

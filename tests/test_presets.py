@@ -82,6 +82,12 @@ def test_unknown_names_are_refused_with_the_nearest() -> None:
     check_preset(None)
 
 
+def test_of_two_presets_the_last_one_counts() -> None:
+    argv = ["evaluate", "x", "--preset", "jannerm/base"]
+    command = parse([*argv, "--preset=jannerm/halfcheetah-medium-v2"])
+    assert (command.preset, command.plan.horizon) == ("jannerm/halfcheetah-medium-v2", 5)
+
+
 def test_without_a_preset_nothing_changes() -> None:
     for argv in ([], ["evaluate"], ["evaluate", "--preset"], ["train", "x"]):
         assert expand_preset(argv) == argv

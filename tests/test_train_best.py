@@ -85,11 +85,19 @@ def test_ctrl_c_in_an_evaluation_ends_it_at_once_and_it_comes_again(tmp_path: Pa
 def test_kill_9_between_two_renames_of_the_best(tmp_path: Path) -> None:
     run(tmp_path, 4, eval_every=4, evaluator=_Scores(1.0))
     (tmp_path / "best").rename(tmp_path / ".best.old")
-    for name in (".best.new", "..best.new.abc", ".metrics.csv.abc", ".scores.csv.abc"):
+    for name in (
+        ".best.new",
+        "..best.new.abcdefg_",
+        ".metrics.csv.01234567",
+        ".scores.csv.abcdefgh",
+    ):
         (tmp_path / name).mkdir()
+    (tmp_path / ".metrics.csv.swp").touch()  # somebody's own
+    (tmp_path / ".best.backup").mkdir()
     run(tmp_path, 8, eval_every=4, evaluator=_Scores(0.5), resume=True)
     assert Checkpoint.load(tmp_path / "best").metadata["step"] == 4
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == [".lock"]
+    hidden = {path.name for path in tmp_path.iterdir() if path.name.startswith(".")}
+    assert hidden == {".lock", ".metrics.csv.swp", ".best.backup"}
 
 
 def test_a_signal_before_an_evaluation_saves_at_once(

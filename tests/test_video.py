@@ -182,6 +182,18 @@ def test_a_missing_encoder_names_the_extra(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.usefixtures("_discs")
+def test_a_machine_without_ffmpeg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import imageio_ffmpeg
+
+    def fail() -> str:
+        raise RuntimeError("No ffmpeg exe could be found")
+
+    monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", fail)
+    with pytest.raises(video.RenderError, match="no ffmpeg on this machine: No ffmpeg exe"):
+        video.render_episode(random_record(), "Disc-v0", tmp_path / "a.mp4", seed=0)
+
+
+@pytest.mark.usefixtures("_discs")
 def test_a_broken_encoder_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import imageio.v2
 

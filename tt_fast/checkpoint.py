@@ -90,15 +90,14 @@ class Checkpoint:
 
         Raises:
             FileNotFoundError: no checkpoint there.
-            ValueError: damaged, or its files do not belong together; the message says which.
+            ValueError: damaged, or its files do not belong together; the message says which. Or a
+                `dataset` for a folder that has its discretizer.
         """
         folder = resolve(folder)
         foreign = formats.find_format(folder)
         if foreign is not None:
             found = formats.read_foreign(folder, foreign, epoch=epoch)
-            discretizer = found.discretizer
-            if discretizer is None and dataset is not None:
-                discretizer = found.recipe.fit(dataset)
+            discretizer = _fit_if_absent(folder, found.discretizer, found.recipe, dataset)
             model = formats.new_model(found.config, found.weights)
             return cls(model, discretizer, found.metadata)
         if epoch is not None:
@@ -112,8 +111,9 @@ class Checkpoint:
         discretizer = None
         if _DISCRETIZER in header["sha256"]:
             discretizer = formats.read_discretizer(folder / _DISCRETIZER, config)
-        model = formats.new_model(config, weights)
-        return cls(model, discretizer, formats.read_json(folder / _METADATA))
+        model, metadata = formats.new_model(config, weights), formats.read_json(folder / _METADATA)
+        recipe = formats.Recipe.of_metadata(config.vocab_size, metadata)
+        return cls(model, _fit_if_absent(folder, discretizer, recipe, dataset), metadata)
 
     def save_foreign(self, folder: str | Path, name: str, *, epoch: int | None = None) -> Path:
         """Write a new folder in a foreign format, whole or not at all.
@@ -183,6 +183,17 @@ def _git_commit(folder: Path) -> str | None:
         return None
     prefix, _, commit = done.stdout.partition("\n")
     return commit.strip() if prefix == "" else None
+
+
+def _fit_if_absent(
+    folder: Path, discretizer: Discretizer | None, recipe: formats.Recipe, dataset: Source | None
+) -> Discretizer | None:
+    """The folder's discretizer, or one fitted on `dataset`; None if there is neither."""
+    if dataset is None:
+        return discretizer
+    if discretizer is not None:
+        refuse("dataset", f"None, as {folder} has its discretizer", dataset)
+    return recipe.fit(dataset)
 
 
 def _check_header(folder: Path, header: Mapping[str, Any]) -> None:

@@ -136,10 +136,15 @@ def _fill(
 
 
 def _flush(writer: DatasetWriter, pending: list[Rows]) -> None:
-    """Write the whole episodes that wait."""
-    if pending:
+    """Write the whole episodes that wait, once: Ctrl-C may come when they are written."""
+    if not pending:
+        return
+    num_rows = writer.num_rows
+    try:
         writer.append({key: np.concatenate([r[key] for r in pending]) for key in pending[0]})
-        pending.clear()
+    finally:
+        if writer.num_rows > num_rows:
+            pending.clear()
 
 
 def _run_episode(env: ControlEnv, policy: _Policy, seed: int, max_steps: int, bar: Any) -> Rows:

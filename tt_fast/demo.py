@@ -28,7 +28,7 @@ from tt_fast.report import Report, write_report
 from tt_fast.results import EvalResult, plan_text
 from tt_fast.train import train
 from tt_fast.validate import require_int, require_number
-from tt_fast.video import RenderError, observation_names, render_episode
+from tt_fast.video import observation_names, render_episode
 
 DATASET = "assets/hopper-demo.hdf5"
 #: Trained for an hour on two cores; docs/results.md says how, and what it earns.
@@ -327,7 +327,7 @@ def _film(result: EvalResult, path: Path, log: _Log) -> tuple[Path | None, str]:
     stride = math.ceil(len(result.record.actions) / _MAX_FRAMES)
     try:
         caption = render_episode(result.record, result.env_id, path, stride=stride)
-    except (RenderError, ImportError) as error:
+    except (OSError, ImportError) as error:  # a RenderError is an OSError, and so is a full disk
         log.note(f"There is no video: {error}.")
         return None, ""
     return path, caption

@@ -29,7 +29,7 @@ from tt_fast.validate import require, require_int
 if TYPE_CHECKING:
     from tt_fast.planning import ImaginedPlan, Planner
 
-__all__ = ["EpisodeRecord", "EvalResult", "EvalSummary", "aggregate", "evaluate"]
+__all__ = ["EpisodeRecord", "EvalResult", "EvalSummary", "aggregate", "evaluate", "pooled_setting"]
 
 
 def evaluate(
@@ -74,6 +74,8 @@ def evaluate(
     num_envs = require_int("num_envs", num_envs, 1)
     seed = require_int("seed", seed, 0)
     max_steps = None if max_steps is None else require_int("max_steps", max_steps, 1)
+    if video is not None:
+        require(Path(video).suffix == ".mp4", "video", "a name that ends in .mp4", str(video))
     if env is None:
         env_id = _resolve_env_id(planner, env_id)
         if video is not None:
@@ -97,6 +99,30 @@ def evaluate(
     elif video is not None and result.record is not None:
         _film(result.record, env_id, seed, video)
     return result
+
+
+def pooled_setting(
+    planner: Planner, env_id: str | None = None, max_steps: int | None = None
+) -> dict[str, Any]:
+    """What results must have in common for `aggregate`, by their names; nothing is played for it.
+
+    Args:
+        planner, env_id, max_steps: as `evaluate` takes them.
+
+    Raises:
+        ValueError: no `env_id`, neither here nor in the checkpoint.
+    """
+    env_id, metadata = _resolve_env_id(planner, env_id), planner.checkpoint.metadata
+    return {
+        "env_id": env_id,
+        "dataset": metadata.get("dataset"),
+        "ref_scores": _ref_scores(metadata, env_id),
+        "plan_config": planner.plan_config,
+        "plan_freq": planner.plan_freq,
+        "prefix_context": planner.prefix_context,
+        "max_steps": max_steps,
+        "deadline_ms": planner.deadline_ms,
+    }
 
 
 @dataclass
@@ -181,29 +207,21 @@ class _Rollouts:
 
     def result(self, planner: Planner, env_id: str) -> EvalResult:
         """What was played, in the order of the seeds."""
-        metadata = planner.checkpoint.metadata
         finished = sorted(self._finished, key=lambda episode: episode.idx)
         recorder = finished[0].recorder
         return EvalResult(
-            env_id=env_id,
-            dataset=metadata.get("dataset"),
+            **pooled_setting(planner, env_id, self._max_steps),
             returns=tuple(math.fsum(episode.rewards) for episode in finished),
-            ref_scores=_ref_scores(metadata, env_id),
             seed=self._seed,
             lengths=tuple(len(episode.rewards) for episode in finished),
             terminated=tuple(episode.terminated for episode in finished),
-            plan_config=planner.plan_config,
-            plan_freq=planner.plan_freq,
-            prefix_context=planner.prefix_context,
             backend=planner.backend_name,
             num_envs=len(self._envs),
             num_decisions=self._num_decisions,
             seconds=self._planner_seconds,
             wall_seconds=self._wall_seconds,
-            max_steps=self._max_steps,
-            deadline_ms=planner.deadline_ms,
             interrupted=self._interrupted,
-            checkpoint_step=metadata.get("step"),
+            checkpoint_step=planner.checkpoint.metadata.get("step"),
             versions={**origin()["versions"], **engine_versions()},
             record=None if recorder is None else recorder.record(),
         )

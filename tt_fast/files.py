@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 def to_json(values: Mapping[str, Any]) -> str:
@@ -23,8 +23,12 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
     A reader sees the old file or the new one, never a part. On an exception the temporary file is
     removed and `path` stays as it was. The suffix of `path` is kept, for writers that look at it.
+    A link stays one: what it names is written. A device or a pipe is yielded itself.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        yield path
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         temporary = Path(folder) / path.name
@@ -80,16 +84,40 @@ def locked(folder: Path, what: str) -> Iterator[None]:
     make_output_dir(folder)
     with (folder / ".lock").open("w") as file:
         try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(file, wait=False)
         except BlockingIOError as error:
             raise BlockingIOError(
                 f"output_dir: expected no other {what} at work there, got one in {folder}"
             ) from error
-        except (ImportError, OSError):
-            pass
         yield
+
+
+@contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Of all processes and threads that name this file, which is made if absent; others wait.
+
+    As `locked`, nothing is locked where there are no locks.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        _lock(file, wait=True)
+        yield
+
+
+def _lock(file: IO[str], *, wait: bool) -> None:
+    """Until the file is closed.
+
+    Raises:
+        BlockingIOError: somebody else has it, and `wait` is False.
+    """
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise
+    except (ImportError, OSError):
+        pass
 
 
 def is_new_or_empty(path: Path) -> bool:

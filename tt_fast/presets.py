@@ -82,7 +82,8 @@ def expand_preset(argv: Sequence[str]) -> list[str]:
     words = [part for word in argv for part in _split(word)]
     if "--preset" not in words[1:-1]:
         return list(argv)
-    preset = PRESETS.get(words[words.index("--preset") + 1])
+    last = len(words) - 1 - words[::-1].index("--preset")  # as of any option given twice
+    preset = PRESETS.get(words[last + 1])
     return list(argv) if preset is None else [words[0], *preset.options(words[0]), *words[1:]]
 
 

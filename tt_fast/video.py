@@ -360,9 +360,11 @@ def _encode(frames: Iterable[Picture], path: Path, fps: float) -> None:
     try:
         import imageio.v2 as imageio
 
-        importlib.import_module("imageio_ffmpeg")
+        importlib.import_module("imageio_ffmpeg").get_ffmpeg_exe()
     except ImportError as error:
         raise ImportError(f"videos need imageio with ffmpeg: {MUJOCO_EXTRA}") from error
+    except RuntimeError as error:
+        raise RenderError(f"there is no ffmpeg on this machine: {error}") from error
     with atomic_write(path) as temporary:
         try:
             writer = imageio.get_writer(

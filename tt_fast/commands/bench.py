@@ -106,9 +106,14 @@ class Bench(Command):
             for name in ("plot", "env_id"):
                 wanted = "None without --checkpoint"
                 require(getattr(self, name) is None, name, wanted, str(getattr(self, name)))
+            for name in ("episodes", "max_steps", "seed"):
+                value, default = getattr(self, name), getattr(Bench, name)
+                require(value == default, name, f"{default}, without --checkpoint", value)
             wanted = "a plan at every step (no -F) without --checkpoint"
             for setting in self._settings(()):
                 require(setting.plan_freq == 1, "setting", wanted, setting.name)
+        else:
+            require(self.task == Bench.task, "task", "none with --checkpoint", self.task)
 
     def _settings(self, default: Sequence[str]) -> list[Setting]:
         from tt_fast.bench import Setting

@@ -82,15 +82,18 @@ class Evaluate(Command):
         self._check()
         dataset = self._load_dataset()
         planners = {folder: self._make_planner(folder) for folder in self.checkpoints}
+        self._check_pooled(planners)
         self._keep_finished(planners)
         missing, video = self._missing(), self.video
+        filmed = video is None or len(missing) > 0
+        require(filmed, "video", "None, as no episode is left to play", str(video))
         for folder, seed in missing:
             result = self._evaluate(planners[folder], folder, seed, video)
             video = None
             self.results.append(result)
-            print(f"{folder}, seed {seed}: {result}")
             if self.out is not None:
                 aggregate(self.results).save(self.out)
+            print(f"{folder}, seed {seed}: {result}")
             if result.interrupted:
                 raise KeyboardInterrupt
         summary = aggregate(self.results)
@@ -117,12 +120,22 @@ class Evaluate(Command):
         if self.histogram is not None:
             suffix = self.histogram.suffix
             require(suffix in (".png", ".pdf", ".svg"), "histogram", ".png, .pdf or .svg", suffix)
+        if self.out is not None and self.out.is_file() and not self.resume:
+            refuse("out", "a new file, or --resume to go on with it", str(self.out))
         out_known = self.out is not None or not self.resume
         require(out_known, "out", "the file to go on with, as --resume is given", self.out)
         seeds = sorted(self.seeds)
         apart = all(b - a >= self.episodes for a, b in pairwise(seeds))
         wanted = f"numbers at least episodes={self.episodes} apart, as episode j has seed + j"
         require(len(seeds) > 0 and apart, "seeds", wanted, self.seeds)
+
+    def _check_pooled(self, planners: Mapping[Path, Planner]) -> None:
+        """All models' results can be pooled, which is known before any is played."""
+        from tt_fast.evaluate import pooled_setting
+
+        settings = [pooled_setting(p, self.env_id, self.max_steps) for p in planners.values()]
+        for setting, (name, first) in product(settings[1:], settings[0].items()):
+            require(setting[name] == first, "checkpoints", f"one {name}, {first!r}", setting[name])
 
     def _keep_finished(self, planners: Mapping[Path, Planner]) -> None:
         """Take over what --out holds, but for what Ctrl-C cut short: there long episodes lack."""
@@ -142,15 +155,11 @@ class Evaluate(Command):
 
     def _check_setting(self, result: EvalResult, planner: Planner) -> None:
         """What was played before can be pooled with what is to be played."""
-        metadata = planner.checkpoint.metadata
+        from tt_fast.evaluate import pooled_setting
+
         setting = {
-            "checkpoint_step": metadata.get("step"),
-            "env_id": self.env_id or metadata.get("env_id"),
-            "max_steps": self.max_steps,
-            "deadline_ms": planner.deadline_ms,
-            "plan_freq": planner.plan_freq,
-            "prefix_context": planner.prefix_context,
-            "plan_config": planner.plan_config,
+            "checkpoint_step": planner.checkpoint.metadata.get("step"),
+            **pooled_setting(planner, self.env_id, self.max_steps),
         }
         for name, value in setting.items():
             before = getattr(result, name)
@@ -172,6 +181,7 @@ class Evaluate(Command):
 
     def _load_dataset(self) -> OfflineDataset | None:
         if self.histogram is None:
+            require(self.dataset is None, "dataset", "None without --histogram", self.dataset)
             return None
         from tt_fast.data import load_dataset
 

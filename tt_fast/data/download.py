@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from tt_fast.data.hdf5 import check_hdf5
 from tt_fast.data.registry import DatasetInfo
+from tt_fast.files import one_at_a_time
 
 SOCKET_SECONDS = 30.0  # without a byte, after which a server counts as dead
 _BLOCK_BYTES = 2**20
@@ -38,7 +39,9 @@ def fetch_dataset(info: DatasetInfo, *, progress: bool = True) -> Path:
     """
     path = dataset_dir() / info.file_name
     if not path.exists():
-        download(info.url, path, progress=progress)
+        with one_at_a_time(path.with_name(f".{path.name}.lock")):
+            if not path.exists():  # nobody else got it meanwhile
+                download(info.url, path, progress=progress)
     return path
 
 
@@ -46,6 +49,8 @@ def download(
     url: str, path: Path, *, progress: bool = True, timeout: float = SOCKET_SECONDS
 ) -> None:
     """Download an HDF5 file to `path`, continuing `<path>.part` if an earlier try left one.
+
+    One at a time: see `fetch_dataset`.
 
     Args:
         timeout: seconds without a byte after which the server counts as dead.

@@ -43,8 +43,8 @@ def load_dataset(
             `name` and `ref_scores` may be in it too;
             an `OfflineDataset`, to give it another `env_id` or `ref_scores`.
         env_id: Gymnasium id of the environment; else what the source says.
-        ref_scores: returns (min, max) that count as 0 and 100 in the normalised score; else
-            D4RL's or Minari's where there are any.
+        ref_scores: returns (min, max) that count as 0 and 100 in the normalised score; else the
+            source's, if they are of this environment, or D4RL's where there are any.
 
     Without `timeouts`, an episode is cut where next_observations do not lead to the next row; where
     there are none, at the environment's time limit if it is known. The last row ends an episode.
@@ -59,17 +59,18 @@ def load_dataset(
     """
     if ref_scores is not None:
         ref_scores = _check_ref_scores(ref_scores)
-    if isinstance(source, OfflineDataset):
-        return dataclasses.replace(
-            source, env_id=env_id or source.env_id, ref_scores=ref_scores or source.ref_scores
-        )
-    raw = _read(source)
+    raw = source if isinstance(source, OfflineDataset) else _read(source)
+    # a source's own are those of its environment
+    same_env = env_id is None or raw.env_id in (None, env_id)
     env_id = env_id or raw.env_id
+    ref_scores = ref_scores or (raw.ref_scores if same_env else None) or find_ref_scores(env_id)
+    if isinstance(raw, OfflineDataset):
+        return dataclasses.replace(raw, env_id=env_id, ref_scores=ref_scores)
     return build_dataset(
         dataclasses.replace(
             raw,
             env_id=env_id,
-            ref_scores=ref_scores or raw.ref_scores or find_ref_scores(env_id),
+            ref_scores=ref_scores,
             max_episode_steps=raw.max_episode_steps or find_max_episode_steps(env_id),
         )
     )
@@ -84,7 +85,10 @@ def _read(source: Any) -> RawDataset:
     text = os.fspath(source)
     if text.startswith(PREFIX):
         return read_minari(text.removeprefix(PREFIX))
-    path = Path(text).expanduser()
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError as error:  # ~ of nobody
+        raise ValueError(f"source: expected {expected}, got {text!r}: {error}") from error
     info = find_dataset(text)
     if info is not None and not path.is_file():  # a run folder may bear a dataset's name
         path = fetch_dataset(info)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tt_fast.config import ModelConfig
+from tt_fast.config import ModelConfig, config_to_dict
 from tt_fast.data import load_dataset
 from tt_fast.data.load import Source
 from tt_fast.data.registry import find_dataset
@@ -35,6 +35,17 @@ class Recipe:
     discount: float = 0.99
     termination_penalty: float | None = -100.0
     max_path_length: int = 1000
+
+    @classmethod
+    def of_metadata(cls, num_bins: int, metadata: Mapping[str, Any]) -> Recipe:
+        """As the metadata of a checkpoint of ours tell it; the original's where they do not."""
+        trained = metadata.get("train_config") or {}
+        return cls(
+            num_bins,
+            metadata.get("discount", cls.discount),
+            trained.get("termination_penalty", cls.termination_penalty),
+            trained.get("max_path_length", cls.max_path_length),
+        )
 
     def fit(self, source: Source) -> Discretizer:
         """The discretizer of a dataset.
@@ -75,8 +86,8 @@ class Exported:
 
     @property
     def config(self) -> ModelConfig:
-        """The model's."""
-        return self.model.config
+        """The model's, in Python's numbers."""
+        return ModelConfig(**config_to_dict(self.model.config))
 
     def weights(self) -> dict[str, Tensor]:
         """float32 on the CPU, by name."""

@@ -321,7 +321,11 @@ def _metadata(values: Mapping[str, Any]) -> dict[str, Any]:
     name, discount = dataset.get("env_name"), dataset.get("discount", 0.99)
     is_number = isinstance(discount, (int, float)) and not isinstance(discount, bool)
     require(is_number, f"{CONFIG}: dataset.discount", "a number", discount)
-    return {**dataset_metadata(name if isinstance(name, str) else None), "discount": discount}
+    return {
+        **dataset_metadata(name if isinstance(name, str) else None),
+        "discount": discount,
+        "train_config": {"termination_penalty": None},  # it has none
+    }
 
 
 def _config_values(exported: Exported) -> dict[str, Any]:

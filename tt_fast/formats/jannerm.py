@@ -243,7 +243,9 @@ def _model_recipe(config: ModelConfig) -> tuple[str, dict[str, Any]]:
 
 def _data_recipe(exported: Exported) -> tuple[str, dict[str, Any]]:
     config, metadata = exported.config, exported.metadata
-    step = exported.setting("step", 1)
+    step, strategy = exported.setting("step", 1), exported.setting("strategy", "quantile")
+    wanted = '"quantile": bins are fitted again from what this format says, which knows no other'
+    require(strategy == "quantile", "strategy", wanted, strategy)
     return "trajectory.datasets.sequence.DiscretizedDataset", {
         "env": metadata.get("dataset") or metadata.get("env_id"),
         "N": config.vocab_size,

@@ -9,6 +9,7 @@ Every one appears whole, by renaming, and is renamed before it is deleted. Names
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,13 @@ from pathlib import Path
 from tt_fast.files import atomic_folder, make_output_dir
 
 _KEPT_CHECKPOINTS = 2
+
+#: Folders on the way to a checkpoint, and those of `atomic_folder` and `atomic_write`, whose names
+#: end in tempfile's eight characters.
+_LEFTOVER = re.compile(
+    r"\.(best|step_\d+)\.(new|old|gone)"
+    r"|\.(\.(best|step_\d+)\.new|metrics\.csv|scores\.csv|wandb_id\.txt)\.[a-z0-9_]{8}"
+)
 
 
 def prepare_run_folder(run_folder: Path) -> None:
@@ -31,11 +39,9 @@ def prepare_run_folder(run_folder: Path) -> None:
         replaced = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
         if not replaced.exists():
             old.rename(replaced)  # killed between two renames
-    leftovers = [*checkpoints.glob(".step_*"), *checkpoints.glob("..step_*")]
-    for name in ("best.", "metrics.csv.", "scores.csv.", "wandb_id.txt."):
-        leftovers += [*run_folder.glob(f".{name}*"), *run_folder.glob(f"..{name}*")]
-    for leftover in leftovers:
-        shutil.rmtree(leftover)
+    for path in [*checkpoints.iterdir(), *run_folder.iterdir()]:
+        if _LEFTOVER.fullmatch(path.name) and path.is_dir():
+            shutil.rmtree(path)
 
 
 @contextmanager
