@@ -123,9 +123,12 @@ bool BeamSearch::SampleTokens(Wave& wave, int step, int count, const Truncation&
                               bool estimate) {
   for (int i = 0; i < count; ++i) {
     const auto begin = Clock::now();
+    int nodes = 0;  // of the pass
     if (!fresh_) {
       if (wave.deadline && !FitsDeadline(wave, step)) return false;
-      Forward(tree_.num_rows());
+      const double most = NodesAhead(wave);
+      nodes = Forward(tree_.num_rows());
+      if (most > tree_.total_rows()) unshared_ = nodes / most;
     }
     DrawTokens(wave, truncation,
                !estimate ? Estimate::kNone
@@ -134,22 +137,36 @@ bool BeamSearch::SampleTokens(Wave& wave, int step, int count, const Truncation&
     tree_.Append(drawn_.data());
     fresh_ = false;
     ++wave.token;
+    if (nodes == 0) continue;
     const double seconds = std::chrono::duration<double>(Clock::now() - begin).count();
-    const double per_node = seconds / std::max(1, tree_.num_slots());
-    seconds_per_node_ += 0.1 * (per_node - seconds_per_node_);
+    const double weight = seconds_per_node_ > 0.0 ? 0.1 : 1.0;
+    seconds_per_node_ += weight * (seconds / nodes - seconds_per_node_);
   }
   return true;
+}
+
+// Nodes of the next pass, at most: its rows, and of windows that are cropped all tokens, of which
+// rows share those from before the plan.
+double BeamSearch::NodesAhead(const Wave& wave) const {
+  double nodes = 0.0;
+  for (int c = 0; c < tree_.num_contexts(); ++c) {
+    const int window = tree_.is_cropped(c) ? tree_.window_len(c) : 1;
+    const int own = std::min(window, std::max(1, wave.token));
+    nodes += window - own + double(own) * tree_.num_rows();
+  }
+  return nodes;
 }
 
 // Whether the next pass ends in time. The first step is made in any case, with fewer candidates if
 // need be.
 bool BeamSearch::FitsDeadline(Wave& wave, int step) {
   const double left = std::chrono::duration<double>(*wave.deadline - Clock::now()).count();
-  const double cost = kDeadlineMargin * seconds_per_node_ * wave.count;  // of a row of each context
+  const double per_node = kDeadlineMargin * seconds_per_node_;
   if (step > 0) {
-    const int tokens = tree_.is_cropped(0) ? tree_.window_len(0) : 1;
-    return cost * tree_.num_rows() * tokens <= left;
+    const double most = NodesAhead(wave);
+    return per_node * most * (most > tree_.total_rows() ? unshared_ : 1.0) <= left;
   }
+  const double cost = per_node * wave.count;  // of a row of each context
   const int tokens_left = model_->shape.action_dim + 2 - wave.token;
   const int affordable = cost > 0.0
                              ? static_cast<int>(std::clamp(left / (cost * tokens_left), 1.0, 1e9))
@@ -161,12 +178,15 @@ bool BeamSearch::FitsDeadline(Wave& wave, int step) {
   return true;
 }
 
-void BeamSearch::Forward(int rows_asked) {
+// The number of nodes that were computed.
+int BeamSearch::Forward(int rows_asked) {
   for (int c = 0; c < tree_.num_contexts(); ++c) {
     stats_.rows_asked += int64_t{rows_asked} * (tree_.is_cropped(c) ? tree_.window_len(c) : 1);
   }
-  decoder_.Forward(tree_.MakePass());
+  const Pass& pass = tree_.MakePass();
+  decoder_.Forward(pass);
   fresh_ = true;
+  return pass.count;
 }
 
 // Rows of each slot side by side, a counting sort.

@@ -138,8 +138,9 @@ class BeamSearch {
   void CallValueFunction(Wave& wave);
   void Select(Wave& wave, int step);
   void KeepBest(Wave& wave, int context, int step, int kept);
-  void Forward(int rows_asked);
+  int Forward(int rows_asked);
   void GroupRows();
+  double NodesAhead(const Wave& wave) const;
   bool FitsDeadline(Wave& wave, int step);
   double NodeBytes() const;
   int WaveSize(const PlanSettings& settings) const;
@@ -161,6 +162,7 @@ class BeamSearch {
   std::vector<float> probs_;         // (num_contexts, num_rows, 2, num_ids) for a value function
   PlanStats stats_;
   double seconds_per_node_ = 0.0;  // of recent passes, with what goes with them
+  double unshared_ = 1.0;          // nodes of the last pass over cropped windows, of `NodesAhead`
 };
 
 }  // namespace tt

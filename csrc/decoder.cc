@@ -40,14 +40,15 @@ Decoder::Decoder(const Model& model, ThreadPool& pool)
 
 void Decoder::Reserve(int max_nodes, int max_path) {
   const Shape& shape = model_.shape;
-  max_nodes_ = std::max(max_nodes_, static_cast<size_t>(max_nodes));
+  const size_t num_nodes = std::max(max_nodes_, static_cast<size_t>(max_nodes));
   for (auto& layer : kv_) {
-    layer.Reserve(max_nodes_ * shape.num_heads * 2 * shape.head_stride() * model_.key_bytes());
+    layer.Reserve(num_nodes * shape.num_heads * 2 * shape.head_stride() * model_.key_bytes());
   }
   for (Scratch& scratch : scratch_) {
     scratch.scores.ReserveZeroed(size_t{kScoreRows} * RoundUp(max_path, kPad));
     scratch.fresh.Reserve(size_t{kMaxRows} * max_path);
   }
+  max_nodes_ = num_nodes;  // now there is memory for them
 }
 
 void Decoder::Forward(const Pass& pass) {

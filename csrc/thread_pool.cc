@@ -2,6 +2,10 @@
 
 #include <unistd.h>
 
+#include <exception>
+#include <stdexcept>
+#include <string>
+
 namespace tt {
 namespace {
 
@@ -35,7 +39,15 @@ ThreadPool::ThreadPool(int num_threads) : owner_(getpid()) {
   // with more threads than processors, looking would take time from those that work
   const int num_processors = static_cast<int>(std::thread::hardware_concurrency());
   spins_ = num_threads <= num_processors ? kSpins : 0;
-  for (int i = 1; i < num_threads; ++i) workers_.emplace_back([this, i] { Work(i); });
+  try {
+    for (int i = 1; i < num_threads; ++i) workers_.emplace_back([this, i] { Work(i); });
+  } catch (const std::exception& error) {
+    const size_t started = workers_.size() + 1;
+    Stop();
+    throw std::runtime_error("num_threads: expected as many as can be started, " +
+                             std::to_string(started) + " now, got " + std::to_string(num_threads) +
+                             ": " + error.what());
+  }
 }
 
 ThreadPool::~ThreadPool() {
@@ -43,6 +55,10 @@ ThreadPool::~ThreadPool() {
     for (std::thread& worker : workers_) worker.detach();
     return;
   }
+  Stop();
+}
+
+void ThreadPool::Stop() {
   stop_.store(true, std::memory_order_relaxed);
   generation_.fetch_add(1, std::memory_order_release);
   generation_.notify_all();

@@ -34,6 +34,7 @@ class ThreadPool {
   void RunTasks(int num_tasks, Call call, void* f);
   void TakeTasks(int thread);
   void Work(int thread);
+  void Stop();  // and wait for them
 
   Call call_ = nullptr;
   void* f_ = nullptr;

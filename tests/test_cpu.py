@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 import signal
+import subprocess
+import sys
 import threading
 import warnings
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -279,6 +284,74 @@ def test_changed_weights_are_used() -> None:
     assert before.scores[0] != after.scores[0]
     fresh = CpuBackend(backend.model, tiny_discretizer()).plan([context()], CONFIG, DRAWS)
     assert_same_plan(after, fresh)
+
+
+@pytest.mark.parametrize("how", ["fused", "data"])
+def test_weights_changed_behind_autograds_back_are_used(how: str) -> None:
+    """Neither raises a tensor's version."""
+    backend = tiny_backend()
+    before = backend.plan([context()], CONFIG, DRAWS)
+    head = backend.model.head.weight
+    version = head._version
+    if how == "fused":
+        head.grad = torch.ones_like(head)
+        torch.optim.AdamW([head], lr=0.1, fused=True).step()
+    else:
+        head.data.mul_(0.5)
+    assert head._version == version
+    after = backend.plan([context()], CONFIG, DRAWS)
+    assert before.scores[0] != after.scores[0]
+    fresh = CpuBackend(backend.model, tiny_discretizer()).plan([context()], CONFIG, DRAWS)
+    assert_same_plan(after, fresh)
+
+
+def test_models_of_inference_mode_plan() -> None:
+    want = tiny_backend().plan([context()], CONFIG, DRAWS)
+    with torch.inference_mode():
+        backend = tiny_backend()
+    assert_same_plan(backend.plan([context()], CONFIG, DRAWS), want)
+
+
+def test_copies_plan_the_same() -> None:
+    backend = tiny_backend()
+    want = backend.plan([context()], CONFIG, DRAWS)
+    for copied in (copy.deepcopy(backend), pickle.loads(pickle.dumps(backend))):
+        assert_same_plan(copied.plan([context()], CONFIG, DRAWS), want)
+    assert backend.stats().rows_computed > 0
+
+
+_LITTLE_MEMORY = """
+import resource
+import numpy as np
+from test_cpu import CONFIG, DRAWS, context, replace, tiny_backend
+
+backend, small = tiny_backend(num_threads=1), replace(CONFIG, beam_width=2)
+want = backend.plan([context()], small, DRAWS)
+in_use = 4096 * int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (in_use + 2**26, resource.RLIM_INFINITY))
+for problem, backend_of, config in (
+    (MemoryError, lambda: backend, replace(CONFIG, beam_width=30_000, horizon=20)),
+    (RuntimeError, lambda: tiny_backend(num_threads=500), small),
+):
+    try:
+        backend_of().plan([context()], config, DRAWS)
+    except problem as error:
+        print(type(error).__name__, error)
+    again = backend.plan([context()], small, DRAWS)
+    np.testing.assert_array_equal(again.tokens, want.tokens)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc and its limits are Linux's")
+def test_too_little_memory_is_an_error_and_no_more() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _LITTLE_MEMORY], capture_output=True, text=True,
+        cwd=Path(__file__).parent, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    memory, threads = done.stdout.splitlines()
+    assert memory.startswith("MemoryError")
+    assert threads.startswith("RuntimeError num_threads: expected as many as can be started, ")
 
 
 def test_weights_that_are_no_numbers_are_refused() -> None:

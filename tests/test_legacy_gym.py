@@ -68,6 +68,20 @@ class FiveTuples(OldEnv):
         return observation, reward, done and not truncated, truncated, info
 
 
+class Wrapped(FiveTuples):
+    """As gym 0.26's wrappers, which pass on what they do not name."""
+
+    def reset(self, **kwargs):
+        return super().reset(**kwargs)
+
+
+class OldWrapped(OldEnv):
+    """As the wrappers of before."""
+
+    def reset(self, **kwargs):
+        return super().reset(**kwargs)
+
+
 def play(env=None, env_id=None, planner=None, **kwargs):
     return evaluate(planner or ScriptedPlanner(), env_id, env=env, progress=False, **kwargs)
 
@@ -379,6 +393,8 @@ def test_ant_has_the_width_of_its_dataset():
     [
         OldEnv,
         FiveTuples,
+        Wrapped,
+        OldWrapped,
         lambda: gymnasium.make(TOY),
         lambda: legacy_toy(),
         lambda: legacy_toy().unwrapped,

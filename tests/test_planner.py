@@ -204,6 +204,18 @@ def test_replicate_makes_fresh_clocks_on_the_same_model() -> None:
     np.testing.assert_array_equal(batch.act(rows)[0], make_planner(seed=2).act(rows[0]))
 
 
+def test_a_replica_keeps_bounds_and_deadline() -> None:
+    planner = make_planner(action_bounds=(-0.1, 0.5), deadline_ms=1e6)
+    replica = planner.replicate(1, (-1.0, [0.2, 1.0]))
+    assert replica.deadline_ms == 1e6
+    rows = observations(1)
+    free, low, high = make_planner().act(rows[0]), np.float32(-0.1), np.float32([0.2, 0.5])
+    np.testing.assert_array_equal(replica.act(rows)[0], np.clip(free, low, high))
+    np.testing.assert_array_equal(planner.replicate(1).act(rows)[0], np.clip(free, low, 0.5))
+    with pytest.raises(ValueError, match="action_bounds: expected low <= high"):
+        planner.replicate(1, (0.7, 1.0))
+
+
 # ---- refusals ----
 
 

@@ -197,7 +197,11 @@ class _FourTupleEnv:
 
     def __init__(self, env: Any) -> None:
         self._env = env
-        self._seeds_reset = "seed" in inspect.signature(env.reset).parameters  # gym 0.26
+        # gym 0.26, whose wrappers take anything and pass it on; those of older ones have `seed`
+        parameters = inspect.signature(env.reset).parameters
+        takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+        self._has_seed = callable(getattr(env, "seed", None))
+        self._seeds_reset = "seed" in parameters or (takes_any and not self._has_seed)
 
     @property
     def spec(self) -> Any:
@@ -214,7 +218,7 @@ class _FourTupleEnv:
         if self._seeds_reset:
             found = self._env.reset(seed=seed)
         else:
-            if callable(getattr(self._env, "seed", None)):
+            if self._has_seed:
                 self._env.seed(seed)
             found = self._env.reset()
         return (found[0] if isinstance(found, tuple) else found), {}

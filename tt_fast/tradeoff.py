@@ -88,17 +88,8 @@ class TimedPlanner(Planner):
         self, num_envs: int, action_bounds: tuple[ArrayLike, ArrayLike] | None = None
     ) -> TimedPlanner:
         """See `Planner.replicate`; the replica's times are this planner's."""
-        replica = TimedPlanner(
-            self.checkpoint,
-            self.plan_config,
-            self.backend_name,
-            self.seed,
-            num_envs=num_envs,
-            plan_freq=self.plan_freq,
-            prefix_context=self.prefix_context,
-            action_bounds=action_bounds,
-            num_threads=self.num_threads,
-        )
+        replica = super().replicate(num_envs, action_bounds)
+        assert isinstance(replica, TimedPlanner)
         replica.decision_ms = self.decision_ms
         return replica
 

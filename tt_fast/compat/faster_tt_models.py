@@ -25,6 +25,7 @@ from tt_fast.formats.faster_tt import EDGE_TOLERANCE, weights_from
 from tt_fast.formats.torch_file import check_shapes
 from tt_fast.model import TrajectoryTransformer
 from tt_fast.planning.base import PlanBackend
+from tt_fast.planning.fingerprint import fingerprint
 from tt_fast.planning.search import make_backend
 from tt_fast.validate import refuse, require
 
@@ -178,8 +179,7 @@ def _our_model(model: Any) -> TrajectoryTransformer:
 def _versions(model: Any) -> tuple[Any, ...]:
     """Changes when a weight does."""
     is_data = isinstance(model, PublishedGPT)
-    weights = model.weights.values() if is_data else model.parameters()
-    return tuple((w.data_ptr(), w._version, w.device) for w in weights)
+    return fingerprint(model.weights.values() if is_data else model.parameters())
 
 
 def _same(a: Discretizer, b: Discretizer) -> bool:

@@ -18,6 +18,7 @@ from tt_fast.config import PlanConfig, Precision
 from tt_fast.discretizer import Discretizer, Tokens
 from tt_fast.model import TrajectoryTransformer, attention_mask
 from tt_fast.planning.base import BeamPlan, BeamSequence, Draws, PlanTrace, ValueFn
+from tt_fast.planning.fingerprint import fingerprint
 from tt_fast.planning.reference import window_len
 
 try:
@@ -112,7 +113,11 @@ class CpuBackend:
         hidden = ~attention_mask(model.config)[-1].numpy()
         self._hidden: NDArray[np.uint8] = hidden.astype(np.uint8)
         self._searches: dict[str, Any] = {}  # by dtype
-        self._packed_version: tuple[tuple[int, int], ...] = ()
+        self._packed_weights: tuple[Any, ...] = ()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy packs its weights itself."""
+        return {**self.__dict__, "_searches": {}, "_packed_weights": ()}
 
     def plan(
         self,
@@ -221,10 +226,10 @@ class CpuBackend:
 
     def _search(self, dtype: str) -> Any:
         """The core's search for a dtype, with the model's weights as they are now."""
-        version = tuple((p.data_ptr(), p._version) for p in self.model.parameters())
-        if version != self._packed_version:
+        weights = fingerprint(self.model.parameters())
+        if weights != self._packed_weights:
             self._searches.clear()
-            self._packed_version = version
+            self._packed_weights = weights
         if dtype not in self._searches:
             core = _core.BeamSearch(self._pack(dtype), self._hidden, self.num_threads)
             self._searches[dtype] = core

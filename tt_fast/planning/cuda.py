@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from tt_fast.kernels.machine import MIN_CAPABILITY, is_interpreted
 from tt_fast.model import TrajectoryTransformer
 from tt_fast.planning.base import BeamPlan, Draws, ValueFn
 from tt_fast.planning.cached import TorchBackend
+from tt_fast.planning.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from tt_fast.kernels.layout import ModelShape, PlanShape, Weights
@@ -90,7 +91,7 @@ class CudaBackend(TorchBackend):
         self.use_graphs = use_graphs and not is_interpreted()
         self.device = torch.device("cpu" if is_interpreted() else "cuda")
         self._weights: dict[str, Weights] = {}  # by precision
-        self._versions: dict[str, tuple[tuple[int, int], ...]] = {}
+        self._versions: dict[str, tuple[Any, ...]] = {}
         self._sessions: OrderedDict[object, Session] = OrderedDict()
 
     @torch.no_grad()
@@ -162,7 +163,7 @@ class CudaBackend(TorchBackend):
         from tt_fast.planning.cuda_memory import pack_weights, refresh_weights
 
         precision = shape.precision
-        version = tuple((p.data_ptr(), p._version) for p in self.model.parameters())
+        version = fingerprint(self.model.parameters())
         if precision not in self._weights:
             self._weights[precision] = pack_weights(self.model, shape, self.device)
         elif self._versions[precision] != version:

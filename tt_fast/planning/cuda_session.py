@@ -155,9 +155,10 @@ class Session:
             self._outputs = self._enqueue(None)
             return self._outputs
         if self._graph is None:
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
-                self._outputs = self._enqueue(None)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                outputs = self._enqueue(None)
+            self._graph, self._outputs = graph, outputs  # only when it is whole
         self._graph.replay()
         return self._outputs
 

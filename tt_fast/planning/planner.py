@@ -118,8 +118,16 @@ class Planner:
     def replicate(
         self, num_envs: int, action_bounds: tuple[ArrayLike, ArrayLike] | None = None
     ) -> Planner:
-        """A batched planner with this one's model and settings, and fresh clocks."""
-        return Planner(
+        """A batched planner with this one's model and settings, and fresh clocks.
+
+        Args:
+            num_envs: of the new one.
+            action_bounds: within this one's, which stay where these are wider.
+
+        Raises:
+            ValueError: bounds that have no action in common with this one's.
+        """
+        return type(self)(
             self.checkpoint,
             self.plan_config,
             self.backend_name,
@@ -127,10 +135,19 @@ class Planner:
             num_envs=num_envs,
             plan_freq=self.plan_freq,
             prefix_context=self.prefix_context,
-            action_bounds=self._bounds if action_bounds is None else action_bounds,
+            action_bounds=self._narrowed(action_bounds),
             num_threads=self.num_threads,
             deadline_ms=self.deadline_ms,
         )
+
+    def _narrowed(
+        self, bounds: tuple[ArrayLike, ArrayLike] | None
+    ) -> tuple[ArrayLike, ArrayLike] | None:
+        """These bounds within this planner's own."""
+        theirs = _check_bounds(bounds, self._model_config.action_dim)
+        if theirs is None or self._bounds is None:
+            return self._bounds if theirs is None else theirs
+        return np.maximum(theirs[0], self._bounds[0]), np.minimum(theirs[1], self._bounds[1])
 
     def reset(self, env_idx: int | None = None, *, seed: int | None = None) -> None:
         """Forget an environment's episode, or all of them.
