@@ -103,5 +103,5 @@ def decode_attention(
     grid = (triton.cdiv(num_envs * rows_per_env, rows), model.num_heads)
     decode_attention_kernel[grid](
         q, out, tree, layer, step, dim, num_envs, rows_per_env, model, plan,
-        ROWS=rows, BLOCK_N=key_block(rows, model, machine),
+        ROWS=rows, BLOCK_N=key_block(rows, model, machine), enable_fp_fusion=True,
     )  # fmt: skip

@@ -76,7 +76,7 @@ def find_rows(tile, dim, num_windows, num_tokens, head: tl.constexpr, M: tl.cons
     per_window = tl.cdiv(num_tokens, head.num_dims)
     row = tile * M + tl.arange(0, M)
     window = (row // per_window).to(tl.int64)
-    position = row % per_window * head.num_dims + dim
+    position = (row % per_window * head.num_dims + dim).to(tl.int64)
     return window, position, (window < num_windows) & (position < num_tokens)
 
 
@@ -231,7 +231,7 @@ def head_loss(x: Any, weight: Any, targets: Any, head: HeadShape) -> tuple[Any, 
     log_sums, grid = torch.empty_like(losses), (num_tiles(x, head), head.num_dims)
     head_loss_kernel[grid](
         x, weight, targets, losses, log_sums, *x.stride()[:2], *targets.stride(), *x.shape[:2],
-        head, M=head.block, BLOCK_N=head.block,
+        head, M=head.block, BLOCK_N=head.block, enable_fp_fusion=True,
     )  # fmt: skip
     return losses, log_sums
 
@@ -250,6 +250,7 @@ def head_loss_dx(
     head_loss_dx_kernel[grid, head.num_dims](
         x, weight, targets, log_sums, d_losses, dx, *x.stride()[:2], *targets.stride(),
         *x.shape[:2], head, M=head.block, BLOCK_N=head.block, num_warps=GRADIENT_WARPS,
+        enable_fp_fusion=True,
     )  # fmt: skip
     return dx
 
@@ -267,6 +268,7 @@ def head_loss_dw(
     head_loss_dw_kernel[id_tiles, head.num_dims, splits](
         x, weight, targets, log_sums, d_losses, parts, *x.stride()[:2], *targets.stride(),
         *x.shape[:2], head, M=head.block, BLOCK_N=head.block, num_warps=GRADIENT_WARPS,
+        enable_fp_fusion=True,
     )  # fmt: skip
     return parts.sum(0).to(weight.dtype)
 

@@ -67,5 +67,5 @@ def layer_norm_qkv(
     grid = (triton.cdiv(len(h), M), model.width // block, 3)
     layer_norm_qkv_kernel[grid](
         h, node, q, tree.key_cache, tree.value_cache, weights, layer, count, per_count, num_nodes,
-        model, M=M, BLOCK_N=block,
+        model, M=M, BLOCK_N=block, enable_fp_fusion=True,
     )  # fmt: skip

@@ -76,8 +76,9 @@ def run_layerwise(
     h, q, attended, node = (buffer[:rows] for buffer in newest.scratch)
     for dim in range(segment.first_dim, segment.last_dim + 1):
         embed_newest_kernel[(triton.cdiv(rows, 16),)](
-            h, node, tree, weights, step, dim, num_envs, rows_per_env, model, plan, M=16
-        )
+            h, node, tree, weights, step, dim, num_envs, rows_per_env, model, plan, M=16,
+            enable_fp_fusion=True,
+        )  # fmt: skip
         for layer in range(model.num_layers):
             layer_norm_qkv(h, node, q, tree, weights, layer, newest.one, rows, model)
             decode_attention(

@@ -54,7 +54,9 @@ def mlp_kernel(
 
 def hidden_block(model: ModelShape) -> int:
     """Hidden columns a step, so that two matrices' tiles fit shared memory beside each other."""
-    return 64 if model.is_bf16 and model.embed <= 256 else 32
+    if model.embed > 256:
+        return 16
+    return 64 if model.is_bf16 else 32
 
 
 def mlp(
@@ -76,5 +78,6 @@ def mlp(
     grid = (triton.cdiv(len(h), M),)
     mlp_kernel[grid](
         h, attended, weights, layer, count, per_count, model,
-        M=M, BLOCK_K=min(model.width, 32), BLOCK_H=hidden_block(model), num_stages=2,
+        M=M, BLOCK_K=16 if model.embed > 256 else min(model.width, 32),
+        BLOCK_H=hidden_block(model), num_stages=2, enable_fp_fusion=True,
     )  # fmt: skip

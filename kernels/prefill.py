@@ -138,8 +138,9 @@ def tree_attention(
     block = 16 if model.visible <= 16 else 32
     grid = (len(nodes), triton.cdiv(model.visible, block), model.num_heads)
     tree_attention_kernel[grid](
-        nodes, count, q, out, tree, layer, current, num_envs, model, plan, M=block, BLOCK_N=32
-    )
+        nodes, count, q, out, tree, layer, current, num_envs, model, plan, M=block, BLOCK_N=32,
+        enable_fp_fusion=True,
+    )  # fmt: skip
 
 
 def prefill(
@@ -164,7 +165,9 @@ def prefill(
     h, q, attended, node = (buffer[:rows] for buffer in scratch)
     M = machine.row_tile
     grid = (triton.cdiv(rows, M),)
-    embed_nodes_kernel[grid](nodes, count, h, node, tree, weights, current, model, plan, M=M)
+    embed_nodes_kernel[grid](
+        nodes, count, h, node, tree, weights, current, model, plan, M=M, enable_fp_fusion=True
+    )
     for layer in range(model.num_layers):
         layer_norm_qkv(h, node, q, tree, weights, layer, count, per_node, model, M)
         if layer == model.num_layers - 1:

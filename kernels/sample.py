@@ -222,7 +222,9 @@ def logits(
     """
     block = min(model.ids, 64 if model.is_bf16 else 32)
     grid = (triton.cdiv(num_rows, M), model.ids // block)
-    logits_kernel[grid](h, out, weights, dim, num_rows, model, M=M, BLOCK_N=block)
+    logits_kernel[grid](
+        h, out, weights, dim, num_rows, model, M=M, BLOCK_N=block, enable_fp_fusion=True
+    )
 
 
 @triton.jit(do_not_specialize=["step", "out_dim", "num_envs", "rows_per_env"])
@@ -264,5 +266,6 @@ def sample(
     M = max(1, min(16, 2048 // model.ids))
     grid = (triton.cdiv(num_envs * rows_per_env, M),)
     sample_kernel[grid](
-        x, tree, draws, step, out_dim, num_envs, rows_per_env, model, plan, flags, M=M
-    )
+        x, tree, draws, step, out_dim, num_envs, rows_per_env, model, plan, flags, M=M,
+        enable_fp_fusion=True,
+    )  # fmt: skip

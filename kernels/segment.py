@@ -202,5 +202,5 @@ def run_segment(
         ROWS=rows, M=16, BLOCK_N=key_block(rows, model, machine),
         BLOCK_H=hidden_block(model),
         BLOCK_V=model.ids if model.is_bf16 else min(model.ids, 32),
-        num_warps=8, num_stages=2,
+        num_warps=8, num_stages=2, enable_fp_fusion=True,
     )  # fmt: skip

@@ -167,5 +167,6 @@ def advance(
     block = min(128, triton.next_power_of_2(plan.num_beams))
     grid = (num_envs, current + 1, triton.cdiv(plan.num_beams, block))
     advance_kernel[grid](
-        scores.parents, old, tree, nodes, count, current, plan, BLOCK=block, BLOCK_N=16
-    )
+        scores.parents, old, tree, nodes, count, current, plan, BLOCK=block, BLOCK_N=16,
+        enable_fp_fusion=True,
+    )  # fmt: skip

@@ -20,6 +20,8 @@ from tt_fast.kernels import segment
 from tt_fast.planning import BeamPlan, cuda, make_backend, search
 from tt_fast.planning.base import Draws
 from tt_fast.planning.cuda import CudaBackend
+from tt_fast.planning.cuda_memory import model_shape, plan_bytes, plan_shape
+from tt_fast.planning.fingerprint import sum_of_bytes
 from tt_fast.planning.reference import ReferenceBackend
 
 D = OBSERVATION_DIM + ACTION_DIM + 2
@@ -168,6 +170,37 @@ def test_what_does_not_fit_is_planned_in_waves(monkeypatch: pytest.MonkeyPatch) 
     assert_same_tokens(apart, together)
 
 
+def test_memory_decides_how_many_are_planned_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, discretizer = model_and_discretizer()
+    backend = CudaBackend(model, discretizer)
+    shape = model_shape(model.config, backend._precision(CONFIG))
+    each = plan_bytes(shape, plan_shape(model, CONFIG), 1)
+    together = backend.plan([context(1, s) for s in range(4)], CONFIG, draws(4))
+    monkeypatch.setattr(CudaBackend, "_usable_bytes", lambda self: int(3.5 * each))
+    apart = backend.plan([context(1, s) for s in range(4)], CONFIG, draws(4))
+    np.testing.assert_array_equal(apart.tokens, together.tokens)
+    # two waves of two, of one size; that of four had to go
+    assert [session.num_envs for session in backend._sessions.values()] == [2]
+    for count in (1, 3, 2, 1, 3):
+        backend.plan([context(1, s) for s in range(count)], CONFIG, draws(count))
+        assert backend._held_bytes() <= 3.5 * each
+
+
+def test_a_first_plan_in_inference_mode_spoils_none() -> None:
+    backend = CudaBackend(*model_and_discretizer())
+    with torch.inference_mode():
+        first = backend.plan([context()], CONFIG, draws())
+    again = backend.plan([context()], CONFIG, draws())
+    np.testing.assert_array_equal(again.tokens, first.tokens)
+
+
+def test_a_flipped_sign_shows_on_a_gpu() -> None:
+    weights = [torch.tensor([1.0, -2.0, 3.0]), torch.ones(2, 2, dtype=torch.bfloat16)]
+    before = sum_of_bytes(weights)
+    weights[0].data[2] = -3.0
+    assert sum_of_bytes(weights) != before
+
+
 def test_a_search_that_cannot_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "MAX_INDEX", 100)
     with pytest.raises(ValueError, match=r"beam_width: expected a search that fits the GPU, got"):
@@ -260,7 +293,7 @@ def test_no_gpu_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_old_gpu_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "is_interpreted", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     with pytest.raises(ValueError, match=r"compute capability \(7, 5\), and 8\.0 is needed"):
         make_backend("cuda", tiny_model(), tiny_discretizer())
 
@@ -283,6 +316,6 @@ def test_auto_says_why_a_gpu_does_not_plan(monkeypatch: pytest.MonkeyPatch) -> N
     on_gpu = SimpleNamespace(device=torch.device("cuda"))
     model = SimpleNamespace(pos_emb=on_gpu)
     assert search._fastest_backend(model) == "cuda"
-    monkeypatch.setattr(cuda, "why_unavailable", lambda: "it is too old")
+    monkeypatch.setattr(cuda, "why_unavailable", lambda model=None: "it is too old")
     with pytest.warns(RuntimeWarning, match="the GPU planner cannot run: it is too old; planning"):
         assert search._fastest_backend(model) == "torch"

@@ -97,6 +97,10 @@ class _Worker:
     def sum(self, tensor: Tensor) -> None:
         self.summed.append(tensor.clone())
 
+    def total(self, *values: float) -> list[float]:
+        self.sum(torch.tensor(values, dtype=torch.float64))
+        return list(values)
+
     def agree(self, value: float) -> float:
         return value
 

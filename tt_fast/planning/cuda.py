@@ -6,6 +6,9 @@ runs on the processor, slowly, for tests.
 
 from __future__ import annotations
 
+import contextlib
+import math
+import sys
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -31,8 +34,12 @@ MAX_SESSIONS = 8
 MAX_INDEX = 2**31 - 1
 
 
-def why_unavailable() -> str | None:
-    """Why this machine cannot run the backend; None if it can."""
+def why_unavailable(model: TrajectoryTransformer | None = None) -> str | None:
+    """Why this machine cannot run the backend; None if it can.
+
+    Args:
+        model: the GPU that it is on is asked; the current one for a model elsewhere.
+    """
     try:
         import triton  # noqa: F401
     except ImportError:
@@ -41,21 +48,32 @@ def why_unavailable() -> str | None:
         return None
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
-    capability = torch.cuda.get_device_capability()
+    device = None if model is None else model.pos_emb.device
+    on_gpu = device is not None and device.type == "cuda"
+    capability = torch.cuda.get_device_capability(device if on_gpu else None)
     if capability < MIN_CAPABILITY:
         return f"the GPU has compute capability {capability}, and 8.0 is needed"
     return None
 
 
-def require_available() -> None:
-    """This machine can run the backend.
+def require_available(model: TrajectoryTransformer | None = None) -> None:
+    """This machine can run the backend; `model` as in `why_unavailable`.
 
     Raises:
         ValueError: it cannot.
     """
-    reason = why_unavailable()
+    reason = why_unavailable(model)
     if reason is not None:
         raise ValueError(f'backend: expected a GPU for "cuda", {reason}; use "torch"')
+
+
+def _device_of(model: TrajectoryTransformer) -> torch.device:
+    """Where a model is planned: the GPU that it is on, else the current one."""
+    if is_interpreted():
+        return torch.device("cpu")
+    device = model.pos_emb.device
+    on_gpu = device.type == "cuda"
+    return device if on_gpu else torch.device("cuda", torch.cuda.current_device())
 
 
 class CudaBackend(TorchBackend):
@@ -65,7 +83,7 @@ class CudaBackend(TorchBackend):
     compiles, the second one is recorded as a CUDA graph.
 
     Args:
-        model: on any device; a model elsewhere is copied to the GPU once.
+        model: on any device; one that is on no GPU is copied to the current one.
         discretizer: its thresholds turn probabilities into rewards; `search` needs none.
         tf32: round the inputs of float32 matrix products to tf32, which is faster, and no longer
             the reference's arithmetic.
@@ -85,15 +103,16 @@ class CudaBackend(TorchBackend):
         tf32: bool = False,
         use_graphs: bool = True,
     ) -> None:
-        require_available()
+        require_available(model)
         super().__init__(model, discretizer)
         self.tf32 = tf32
         self.use_graphs = use_graphs and not is_interpreted()
-        self.device = torch.device("cpu" if is_interpreted() else "cuda")
+        self.device = _device_of(model)
         self._weights: dict[str, Weights] = {}  # by precision
         self._versions: dict[str, tuple[Any, ...]] = {}
         self._sessions: OrderedDict[object, Session] = OrderedDict()
 
+    @torch.inference_mode(False)  # memory of a first plan is written by later ones
     @torch.no_grad()
     def plan(
         self,
@@ -112,20 +131,22 @@ class CudaBackend(TorchBackend):
 
         shape = model_shape(self.model.config, self._precision(config))
         sizes = plan_shape(self.model, config)
-        size = self._wave_size(shape, sizes, len(contexts))
         waves = []
-        for first in range(0, len(contexts), size):
-            part = slice(first, min(first + size, len(contexts)))
-            wave = contexts[part]
-            given = None if draws.given is None else draws.given[part]
-            flags = (given is not None, value_fn is not None)
-            session = self._session(shape, sizes, len(wave), *flags)
-            part_draws = Draws(draws.seeds[part], draws.plan_indices[part], given)
-            waves.append(
-                session.run(
-                    wave, config, self.discretizer, part_draws, trace=trace, value_fn=value_fn
+        on_gpu = self.device.type == "cuda"
+        with torch.cuda.device(self.device) if on_gpu else contextlib.nullcontext():
+            size = self._wave_size(shape, sizes, len(contexts))
+            for first in range(0, len(contexts), size):
+                part = slice(first, min(first + size, len(contexts)))
+                wave = contexts[part]
+                given = None if draws.given is None else draws.given[part]
+                flags = (given is not None, value_fn is not None)
+                session = self._session(shape, sizes, len(wave), *flags)
+                part_draws = Draws(draws.seeds[part], draws.plan_indices[part], given)
+                waves.append(
+                    session.run(
+                        wave, config, self.discretizer, part_draws, trace=trace, value_fn=value_fn
+                    )
                 )
-            )
         return _concatenate(waves)
 
     def _session(
@@ -136,14 +157,18 @@ class CudaBackend(TorchBackend):
         given_uniforms: bool,
         keep_probs: bool,
     ) -> Session:
-        """The one for these sizes, made if need be; the least recently used one goes."""
+        """The one for these sizes, made if need be; for memory, least recently used ones go."""
         from tt_fast.kernels.sample import DrawFlags
+        from tt_fast.planning.cuda_memory import plan_bytes
         from tt_fast.planning.cuda_session import Session
 
         weights = self._current_weights(shape)
         flags = DrawFlags(given_uniforms, keep_probs)
         key = (shape, plan, flags, num_envs)
         if key not in self._sessions:
+            needed = plan_bytes(shape, plan, num_envs)
+            while self._sessions and needed > self._usable_bytes() - self._held_bytes():
+                self._sessions.popitem(last=False)
             self._sessions[key] = Session(
                 weights, shape, plan, flags, num_envs, use_graph=self.use_graphs
             )
@@ -172,27 +197,36 @@ class CudaBackend(TorchBackend):
         return self._weights[precision]
 
     def _wave_size(self, model: ModelShape, plan: PlanShape, num_envs: int) -> int:
-        """Contexts that memory and 32-bit offsets allow at once.
+        """Contexts at once: waves of equal sizes, as few as memory and 32-bit offsets allow.
 
         Raises:
             ValueError: not even one.
         """
         from tt_fast.planning.cuda_memory import plan_bytes
 
-        layer = plan.num_levels * plan.level_nodes * model.width
-        size = min(num_envs, int(MAX_INDEX // layer))
-        if self.device.type == "cuda":
-            free = torch.cuda.mem_get_info(self.device)[0] * 0.8 + self._held_bytes()
-            # what torch keeps for later is as good as free
-            free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-            size = min(size, int(free / plan_bytes(model, plan, 1)))
-        if size < 1:
+        offsets = max(  # of one context: keys of a layer, tokens, logits
+            plan.num_levels * plan.level_nodes * model.width,
+            plan.num_steps * plan.num_rows * model.transition_dim,
+            plan.num_rows * model.ids,
+        )
+        fitting = min(MAX_INDEX // offsets, self._usable_bytes() // plan_bytes(model, plan, 1))
+        if fitting < 1:
             needed = plan_bytes(model, plan, 1) / 1e9
             raise ValueError(
                 f"beam_width: expected a search that fits the GPU, got one of {needed:.1f} GB; "
                 'use fewer beams, or backend="torch"'
             )
-        return size
+        num_waves = math.ceil(num_envs / int(fitting))
+        return math.ceil(num_envs / num_waves)
+
+    def _usable_bytes(self) -> int:
+        """Memory for sessions, those that there are included."""
+        if self.device.type != "cuda":
+            return sys.maxsize
+        free = torch.cuda.mem_get_info(self.device)[0] + self._held_bytes()
+        # what torch keeps for later is as good as free
+        free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return int(0.8 * free)
 
     def _held_bytes(self) -> int:
         """Memory of sessions that may be dropped or used again."""

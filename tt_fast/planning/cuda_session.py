@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,9 @@ from tt_fast.kernels.select import advance, rank
 from tt_fast.planning.base import BeamPlan, Draws, PlanTrace, ValueFn
 from tt_fast.planning.cuda_memory import make_buffers
 from tt_fast.validate import require
+
+#: Torch records one graph at a time in a process.
+_ONE_RECORDING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -156,7 +160,12 @@ class Session:
             return self._outputs
         if self._graph is None:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            # a stream of this device, for torch's own is of the first one that ever recorded;
+            # other threads may go on working, but not record as well
+            recording = torch.cuda.graph(
+                graph, stream=torch.cuda.Stream(self.device), capture_error_mode="thread_local"
+            )
+            with _ONE_RECORDING, recording:
                 outputs = self._enqueue(None)
             self._graph, self._outputs = graph, outputs  # only when it is whole
         self._graph.replay()

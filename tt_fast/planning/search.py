@@ -75,7 +75,7 @@ def check_backend(name: str) -> None:
 
 def _fastest_backend(model: TrajectoryTransformer) -> str:
     if model.pos_emb.device.type == "cuda":
-        reason = cuda.why_unavailable()
+        reason = cuda.why_unavailable(model)
         if reason is None:
             return "cuda"
         warnings.warn(

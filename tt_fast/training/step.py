@@ -86,7 +86,8 @@ class StepGradients:
         addresses = [(self._config.seed, step, pass_idx) for pass_idx, _ in passes]
         losses = self._backward(batches, addresses, len(window_ids))
         counts = self._counts(batches, losses, len(window_ids))
-        workers.sum(counts)
+        if workers.count > 1:  # as numbers: what has died shows there, and not in a wait for a GPU
+            counts = torch.tensor(workers.total(*counts.tolist()), dtype=counts.dtype)
         self._sum_gradients()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), self._config.grad_clip)
         # all that the loop wants to know in one transfer: it waits for a GPU here
