@@ -133,7 +133,7 @@ def test_kill_9_between_two_renames_of_a_checkpoint(tmp_path: Path) -> None:
     whole = run(tmp_path, 4)
     newest = tmp_path / "checkpoints" / "step_00000004"
     newest.rename(newest.with_name(".step_00000004.old"))
-    (newest.parent / "..step_00000004.new.abc").mkdir()
+    (newest.parent / "..step_00000004.new.abcdefgh").mkdir()
     again = run(tmp_path, 4, resume=True)
     assert weights_equal(again.model, whole.model)
     assert [path.name for path in newest.parent.iterdir()] == [newest.name]
