@@ -14,7 +14,7 @@ def fingerprint(weights: Iterable[Tensor]) -> tuple[Any, ...]:
     """What is another one when a weight is.
 
     Versions alone are not: fused optimizers and writes to `.data` leave them as they are. So the
-    contents count, too: sums of their bits (0.7 ms between two plans at the official size on a CPU).
+    contents count, too: sums of their bits, 0.7 ms between two plans at the official size on a CPU.
     """
     found = [weight.detach() for weight in weights]
     places = tuple((w.device, w.data_ptr(), 0 if w.is_inference() else w._version) for w in found)
