@@ -52,13 +52,13 @@ class Policy:
 
     @property
     def weights(self) -> str:
-        """Name of the weights."""
-        return f"{self.transitions}-{'average' if self.averaged else 'last'}"
+        """Which of the run's."""
+        return "average" if self.averaged else "last"
 
     @property
     def name(self) -> str:
         """Name of the policy."""
-        return f"{self.weights}-{self.overflow}"
+        return f"{self.transitions}-{self.weights}-{self.overflow}"
 
 
 POLICIES = (
@@ -194,7 +194,7 @@ def _returns_table(out: Path) -> str:
         result = EvalResult.from_dict(read_json(path))
         settings.add((result.env_id, replace(result.plan_config, overflow="crop")))
         cells = [
-            str(policy.transitions), "average" if policy.averaged else "last", policy.overflow,
+            str(policy.transitions), policy.weights, policy.overflow,
             str(len(result.returns)), mean_text(result.mean_return, result.std_error),
             f"{np.mean(result.lengths):.0f}", f"{result.decisions_per_second:.1f}",
         ]  # fmt: skip

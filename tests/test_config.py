@@ -206,6 +206,7 @@ def test_every_field_has_a_refusal_above(cls: Any, test: Any) -> None:
 
 def test_numpy_numbers_become_pythons() -> None:
     config = ModelConfig(np.int64(3), np.int32(2), embed_dropout=np.float32(0.5))
+    assert type(config.observation_dim) is int
     plain = config_to_dict(config)
     assert json.loads(json.dumps(plain)) == plain
     assert config_from_dict(ModelConfig, plain) == config

@@ -78,6 +78,7 @@ class ModelConfig:
             require_number(name, getattr(self, name), 0.0)
         require_choice("goal_conditioned", self.goal_conditioned, (False, True))
         require_choice("goal_value_mask", self.goal_value_mask, ("correct", "original"))
+        _make_plain(self)
 
     @property
     def transition_dim(self) -> int:
@@ -198,6 +199,7 @@ class TrainConfig:
         require_choice("strategy", self.strategy, ("quantile", "uniform"))
         require_choice("precision", self.precision, ("float32", "bfloat16"))
         require_choice("token_storage", self.token_storage, ("auto", "memory", "file"))
+        _make_plain(self)
 
 
 @dataclass(frozen=True)
@@ -257,6 +259,7 @@ class PlanConfig:
             require(inside, "estimate", '"mean" or a percentile in (0, 1)', self.estimate)
         require_choice("overflow", self.overflow, ("crop", "grow"))
         require_choice("dtype", self.dtype, ("float32", "bfloat16"))
+        _make_plain(self)
 
     @property
     def num_rows(self) -> int:
@@ -276,8 +279,14 @@ Config = TypeVar("Config", bound=ModelConfig | TrainConfig | PlanConfig)
 
 
 def config_to_dict(config: ModelConfig | TrainConfig | PlanConfig) -> dict[str, Any]:
-    """The fields of `config`, ready for JSON: numpy's numbers become Python's."""
-    return {name: _plain(value) for name, value in dataclasses.asdict(config).items()}
+    """The fields of `config`, ready for JSON."""
+    return dataclasses.asdict(config)
+
+
+def _make_plain(config: ModelConfig | TrainConfig | PlanConfig) -> None:
+    """Make numpy's numbers Python's: torch and JSON take no others everywhere."""
+    for field in dataclasses.fields(config):
+        object.__setattr__(config, field.name, _plain(getattr(config, field.name)))
 
 
 def _plain(value: Any) -> Any:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tt_fast.config import ModelConfig, config_to_dict
+from tt_fast.config import ModelConfig
 from tt_fast.data import load_dataset
 from tt_fast.data.load import Source
 from tt_fast.data.registry import find_dataset
@@ -86,8 +86,8 @@ class Exported:
 
     @property
     def config(self) -> ModelConfig:
-        """The model's, in Python's numbers."""
-        return ModelConfig(**config_to_dict(self.model.config))
+        """The model's."""
+        return self.model.config
 
     def weights(self) -> dict[str, Tensor]:
         """float32 on the CPU, by name."""

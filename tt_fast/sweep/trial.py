@@ -119,8 +119,7 @@ class SweepConfig:
 
     def budgets(self) -> dict[str, float | None]:
         """What a continued sweep may raise, by name; None is no limit."""
-        train = config_to_dict(self.train)
-        found = {name: train[name] for name in _BUDGETS}
+        found = {name: getattr(self.train, name) for name in _BUDGETS}
         if all(value is None for value in found.values()):
             found["max_windows"] = ORIGINAL_WINDOWS
         return {**found, "episodes": int(self.play.episodes)}

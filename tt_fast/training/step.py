@@ -61,9 +61,7 @@ class StepGradients:
         self._model, self._config, self._windows, self._workers = model, config, windows, workers
         on_cpu = model.pos_emb.device.type == "cpu"
         self._passes = ParallelPasses(model, torch.get_num_threads()) if on_cpu else None
-        self._pass_windows = int(
-            config.pass_windows or _pass_windows(model, config, windows, workers)
-        )
+        self._pass_windows = config.pass_windows or _pass_windows(model, config, windows, workers)
         several = self._pass_windows * workers.count < config.batch_size
         self._token_losses = _token_losses(model, config, several)
         self._kinds = model.target_kinds(windows.window_len)

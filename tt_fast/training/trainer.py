@@ -310,7 +310,7 @@ class Trainer:
             "env_id": dataset.env_id,
             "dataset": dataset.name,
             "ref_scores": [*map(float, dataset.ref_scores)] if dataset.ref_scores else None,
-            "discount": float(self.config.discount),
+            "discount": self.config.discount,
             "train_config": config_to_dict(self.config),
             "step": at.step,
             "tokens": at.tokens,
