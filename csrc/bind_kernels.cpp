@@ -63,7 +63,7 @@ Floats RunGemm(const Floats& x, const Floats& weight, const Floats& bias, const 
   }
   const AlignedBuffer<float> a = PadRows(x, padded_k);
   AlignedBuffer<float> c(static_cast<size_t>(rows) * padded_n);
-  AlignedBuffer<uint16_t> scratch(static_cast<size_t>(rows) * padded_k);
+  AlignedBuffer<float> scratch(static_cast<size_t>(rows) * padded_k);
   ops.gemm(packed.view(), padded_n, a.data(), padded_k, rows, c.data(), padded_n, false,
            scratch.data());
   return CutRows(c, rows, n, padded_n);

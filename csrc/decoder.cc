@@ -151,8 +151,9 @@ void Decoder::AttentionInput(int layer, int begin, int end, bool keys_only, Scra
   for (int row = begin; row < end; ++row) {
     const float* kvq = RowOf(scratch.kvq, row - begin, 3 * attn);
     if (model_.bf16) {
-      model_.ops.round(kvq, 2 * attn, scratch.rounded.data());
-      StoreKeys(layer, row, scratch.rounded.data());
+      uint16_t* rounded = reinterpret_cast<uint16_t*>(scratch.rounded.data());
+      model_.ops.round(kvq, 2 * attn, rounded);
+      StoreKeys(layer, row, rounded);
     } else {
       StoreKeys(layer, row, kvq);
     }

@@ -49,7 +49,7 @@ class Decoder {
     AlignedBuffer<float> hidden;    // (hidden_width)
     AlignedBuffer<float> scores;    // (kScoreRows, longest path)
     AlignedBuffer<uint32_t> fresh;  // (kMaxRows * longest path) AttendArgs::fresh
-    AlignedBuffer<uint16_t> rounded;
+    AlignedBuffer<float> rounded;   // (widest of these) inputs of products, or keys, in bfloat16
     double gemm_seconds = 0.0;
     double attention_seconds = 0.0;
   };

@@ -19,6 +19,9 @@ bool HasAvx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 bool HasAvx512Bf16() { return HasAvx512() && __builtin_cpu_supports("avx512bf16"); }
+// Intel's processors take longer for a dot product of pairs than for the multiply-adds it stands
+// for (measured on a Xeon of model 207: half as many operations a second as in float32).
+bool HasFastDots() { return HasAvx512Bf16() && !__builtin_cpu_is("intel"); }
 bool HasNeon() { return false; }
 #if defined(__linux__)
 // Linux lends a process the tile registers when it asks; it asks for all its threads. Their signals
@@ -38,6 +41,7 @@ bool HasAmx() { return false; }
 bool HasAvx2() { return false; }
 bool HasAvx512() { return false; }
 bool HasAvx512Bf16() { return false; }
+bool HasFastDots() { return false; }
 bool HasAmx() { return false; }
 bool HasNeon() { return true; }  // its table exists on 64-bit Arm only
 #endif
@@ -48,8 +52,9 @@ std::vector<const Ops*> FindAvailableOps() {
     if (has && ops != nullptr) found.push_back(ops);
   };
   add(HasAmx(), AmxOps());
-  add(HasAvx512Bf16(), Avx512Bf16Ops());
+  add(HasFastDots(), Avx512Bf16Ops());
   add(HasAvx512(), Avx512Ops());
+  add(HasAvx512Bf16() && !HasFastDots(), Avx512Bf16Ops());
   add(HasAvx2(), Avx2Ops());
   add(HasNeon(), NeonOps());
   add(true, ScalarOps());

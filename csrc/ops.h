@@ -150,9 +150,9 @@ struct Ops {
   const char* name;
   int panel_width;
   // c (rows, num_cols) = a (rows, k) w + bias, or += with `add`; num_cols counts whole panels.
-  // scratch: (rows, k) bfloat16, used if w.bf16.
+  // scratch: (rows, k) of four bytes, for inputs rounded if w.bf16.
   void (*gemm)(const MatrixView& w, int num_cols, const float* a, size_t lda, int rows, float* c,
-               size_t ldc, bool add, uint16_t* scratch);
+               size_t ldc, bool add, void* scratch);
   // out (n) bfloat16, the nearest to x, ties to even (subnormal numbers may become zero); n a
   // multiple of kHeadPad.
   void (*round)(const float* x, size_t n, uint16_t* out);

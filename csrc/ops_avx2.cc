@@ -9,7 +9,6 @@ constexpr char kName[] = "avx2";
 
 struct Vec {
   static constexpr int kWidth = 8;
-  using Pairs = __m256i;  // (8, 2) bfloat16
   __m256 v;
 
   Vec() = default;
@@ -25,13 +24,13 @@ struct Vec {
     const __m128i x = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
     return Vec(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(x)));
   }
-  static Pairs LoadPairs(const uint16_t* p) {
-    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  }
-  static Pairs BroadcastPair(const uint16_t* p) {
-    int32_t pair;
-    __builtin_memcpy(&pair, p, sizeof(pair));
-    return _mm256_set1_epi32(pair);
+  // Of (8, 2) bfloat16, each the upper half of a float, the first or the second of each pair.
+  template <int kOdd>
+  static Vec LoadHalfPairs(const uint16_t* p) {
+    const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    const __m256i high = _mm256_set1_epi32(-0x10000);
+    return Vec(
+        _mm256_castsi256_ps(kOdd ? _mm256_and_si256(pairs, high) : _mm256_slli_epi32(pairs, 16)));
   }
   void Store(float* p) const { _mm256_storeu_ps(p, v); }
 };
@@ -88,21 +87,18 @@ inline Vec SumEach(const Vec (&p)[8]) {
                            _mm256_permute2f128_ps(low, high, 0x31)));
 }
 
-// A bfloat16 is the upper half of a float.
-inline Vec DotPairs(__m256i a, __m256i b, Vec c) {
-  const __m256i high = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
-  const __m256 even = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_slli_epi32(a, 16)),
-                                      _mm256_castsi256_ps(_mm256_slli_epi32(b, 16)), c.v);
-  return Vec(_mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_and_si256(a, high)),
-                             _mm256_castsi256_ps(_mm256_and_si256(b, high)), even));
-}
-
-// Round to nearest, ties to even.
-inline void StoreBf16(Vec a, uint16_t* p) {
+// The nearest bfloat16, ties to even, in the upper halves; what is below does not count.
+inline __m256i NearestBf16(Vec a) {
   const __m256i bits = _mm256_castps_si256(a.v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i rounded = _mm256_srli_epi32(
-      _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+  return _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+}
+inline Vec RoundToBf16(Vec a) {
+  const __m256i high = _mm256_set1_epi32(-0x10000);
+  return Vec(_mm256_castsi256_ps(_mm256_and_si256(NearestBf16(a), high)));
+}
+inline void StoreBf16(Vec a, uint16_t* p) {
+  const __m256i rounded = _mm256_srli_epi32(NearestBf16(a), 16);
   const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded, rounded), 0xD8);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
 }

@@ -6,7 +6,6 @@ namespace {
 
 struct Vec {
   static constexpr int kWidth = 16;
-  using Pairs = __m512i;  // (16, 2) bfloat16
   __m512 v;
 
   Vec() = default;
@@ -22,11 +21,12 @@ struct Vec {
     const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return Vec(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(x)));
   }
-  static Pairs LoadPairs(const uint16_t* p) { return _mm512_loadu_si512(p); }
-  static Pairs BroadcastPair(const uint16_t* p) {
-    int32_t pair;
-    __builtin_memcpy(&pair, p, sizeof(pair));
-    return _mm512_set1_epi32(pair);
+  // Of (16, 2) bfloat16, each the upper half of a float, the first or the second of each pair.
+  template <int kOdd>
+  static Vec LoadHalfPairs(const uint16_t* p) {
+    const __m512i pairs = _mm512_loadu_si512(p), high = _mm512_set1_epi32(-0x10000);
+    return Vec(
+        _mm512_castsi512_ps(kOdd ? _mm512_and_si512(pairs, high) : _mm512_slli_epi32(pairs, 16)));
   }
   void Store(float* p) const { _mm512_storeu_ps(p, v); }
 };
@@ -89,31 +89,24 @@ inline Vec SumEach(const Vec (&p)[16]) {
   return Vec(_mm512_add_ps(_mm512_shuffle_ps(even, odd, 0x88), _mm512_shuffle_ps(even, odd, 0xDD)));
 }
 
-#ifdef __AVX512BF16__
-inline Vec DotPairs(__m512i a, __m512i b, Vec c) {
-  return Vec(_mm512_dpbf16_ps(c.v, (__m512bh)a, (__m512bh)b));
-}
-inline void StoreBf16(Vec a, uint16_t* p) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(a.v));
-}
-#else
-// A bfloat16 is the upper half of a float.
-inline Vec DotPairs(__m512i a, __m512i b, Vec c) {
-  const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
-  const __m512 even = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(a, 16)),
-                                      _mm512_castsi512_ps(_mm512_slli_epi32(b, 16)), c.v);
-  return Vec(_mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(a, high)),
-                             _mm512_castsi512_ps(_mm512_and_si512(b, high)), even));
-}
-// Round to nearest, ties to even.
-inline void StoreBf16(Vec a, uint16_t* p) {
+// The nearest bfloat16, ties to even, in the upper halves; what is below does not count.
+inline __m512i NearestBf16(Vec a) {
   const __m512i bits = _mm512_castps_si512(a.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                      _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+  return _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
 }
+inline Vec RoundToBf16(Vec a) {
+  const __m512i high = _mm512_set1_epi32(-0x10000);
+  return Vec(_mm512_castsi512_ps(_mm512_and_si512(NearestBf16(a), high)));
+}
+inline void StoreBf16(Vec a, uint16_t* p) {
+#ifdef __AVX512BF16__
+  const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(a.v);
+#else
+  const __m256i rounded = _mm512_cvtepi32_epi16(_mm512_srli_epi32(NearestBf16(a), 16));
 #endif
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), rounded);
+}
 
 // 24 of 32 registers hold sums: 12 rows of 2 vectors need 14 loads for 24 multiply-adds.
 constexpr int kTileRows = 12;

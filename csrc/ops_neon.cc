@@ -9,7 +9,6 @@ constexpr char kName[] = "neon";
 
 struct Vec {
   static constexpr int kWidth = 4;
-  using Pairs = uint32x4_t;  // (4, 2) bfloat16
   float32x4_t v;
 
   Vec() = default;
@@ -26,11 +25,11 @@ struct Vec {
     const uint16x8_t x = vmovl_u8(vcreate_u8(bytes));
     return Vec(vcvtq_f32_u32(vmovl_u16(vget_low_u16(x))));
   }
-  static Pairs LoadPairs(const uint16_t* p) { return vreinterpretq_u32_u16(vld1q_u16(p)); }
-  static Pairs BroadcastPair(const uint16_t* p) {
-    uint32_t pair;
-    __builtin_memcpy(&pair, p, sizeof(pair));
-    return vdupq_n_u32(pair);
+  // Of (4, 2) bfloat16, each the upper half of a float, the first or the second of each pair.
+  template <int kOdd>
+  static Vec LoadHalfPairs(const uint16_t* p) {
+    const uint32x4_t pairs = vreinterpretq_u32_u16(vld1q_u16(p)), high = vdupq_n_u32(0xffff0000u);
+    return Vec(vreinterpretq_f32_u32(kOdd ? vandq_u32(pairs, high) : vshlq_n_u32(pairs, 16)));
   }
   void Store(float* p) const { vst1q_f32(p, v); }
 };
@@ -65,22 +64,16 @@ inline Vec SumEach(const Vec (&p)[4]) {
   return Vec(vpaddq_f32(vpaddq_f32(p[0].v, p[1].v), vpaddq_f32(p[2].v, p[3].v)));
 }
 
-// A bfloat16 is the upper half of a float.
-inline Vec DotPairs(uint32x4_t a, uint32x4_t b, Vec c) {
-  const uint32x4_t high = vdupq_n_u32(0xffff0000u);
-  const float32x4_t even = vfmaq_f32(c.v, vreinterpretq_f32_u32(vshlq_n_u32(a, 16)),
-                                     vreinterpretq_f32_u32(vshlq_n_u32(b, 16)));
-  return Vec(vfmaq_f32(even, vreinterpretq_f32_u32(vandq_u32(a, high)),
-                       vreinterpretq_f32_u32(vandq_u32(b, high))));
-}
-
-// Round to nearest, ties to even.
-inline void StoreBf16(Vec a, uint16_t* p) {
+// The nearest bfloat16, ties to even, in the upper halves; what is below does not count.
+inline uint32x4_t NearestBf16(Vec a) {
   const uint32x4_t bits = vreinterpretq_u32_f32(a.v);
   const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
-  const uint32x4_t rounded = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
-  vst1_u16(p, vshrn_n_u32(rounded, 16));
+  return vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
 }
+inline Vec RoundToBf16(Vec a) {
+  return Vec(vreinterpretq_f32_u32(vandq_u32(NearestBf16(a), vdupq_n_u32(0xffff0000u))));
+}
+inline void StoreBf16(Vec a, uint16_t* p) { vst1_u16(p, vshrn_n_u32(NearestBf16(a), 16)); }
 
 // 24 of 32 registers hold sums.
 constexpr int kTileRows = 6;

@@ -20,7 +20,7 @@ float Weight(const MatrixView& w, int i, int col) {
 }
 
 void Gemm(const MatrixView& w, int num_cols, const float* a, size_t lda, int rows, float* c,
-          size_t ldc, bool add, uint16_t*) {
+          size_t ldc, bool add, void*) {
   for (int r = 0; r < rows; ++r) {
     for (int col = 0; col < num_cols; ++col) {
       float sum = w.bias[col];

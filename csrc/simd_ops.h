@@ -132,74 +132,63 @@ inline void StoreSum(Vec sum, float* out, bool add) {
   (add ? sum + Vec::Load(out) : sum).Store(out);
 }
 
-// A tile of c: kRows rows times one panel. Its sums stay in registers over all of k.
-template <int kRows>
-void TileFloat(const float* a, size_t lda, const float* w, const float* bias, int k, float* c,
-               size_t ldc, bool add) {
-  Vec sums[kRows][kTileVecs];
+// Row i + kOdd of a panel of weights, i even.
+template <int kOdd>
+inline Vec LoadWeights(const float* w, int i, int v) {
+  return Vec::Load(w + (i + kOdd) * kPanel + v * kWidth);
+}
+template <int kOdd>
+inline Vec LoadWeights(const uint16_t* w, int i, int v) {
+  return Vec::LoadHalfPairs<kOdd>(w + i * kPanel + v * 2 * kWidth);
+}
+
+template <int kOdd, int kRows, typename Weight>
+inline void AddProducts(const float* a, size_t lda, const Weight* w, int i,
+                        Vec (&sums)[kRows][kTileVecs]) {
+  Vec column[kTileVecs];
+  UNROLL for (int v = 0; v < kTileVecs; ++v) column[v] = LoadWeights<kOdd>(w, i, v);
   UNROLL for (int r = 0; r < kRows; ++r) {
-    UNROLL for (int v = 0; v < kTileVecs; ++v) sums[r][v] = Vec::Load(bias + v * kWidth);
-  }
-  for (int i = 0; i < k; ++i) {
-    Vec column[kTileVecs];
-    UNROLL for (int v = 0; v < kTileVecs; ++v) column[v] = Vec::Load(w + i * kPanel + v * kWidth);
-    UNROLL for (int r = 0; r < kRows; ++r) {
-      const Vec x = Vec::Broadcast(a + r * lda + i);
-      UNROLL for (int v = 0; v < kTileVecs; ++v) sums[r][v] = Fma(x, column[v], sums[r][v]);
-    }
-  }
-  UNROLL for (int r = 0; r < kRows; ++r) {
-    UNROLL for (int v = 0; v < kTileVecs; ++v) StoreSum(sums[r][v], c + r * ldc + v * kWidth, add);
+    const Vec x = Vec::Broadcast(a + r * lda + i + kOdd);
+    UNROLL for (int v = 0; v < kTileVecs; ++v) sums[r][v] = Fma(x, column[v], sums[r][v]);
   }
 }
 
-// The same with two rows of w at a time, in bfloat16.
-template <int kRows>
-void TileBf16(const uint16_t* a, size_t lda, const uint16_t* w, const float* bias, int k, float* c,
-              size_t ldc, bool add) {
+// A tile of c: kRows rows times one panel. Its sums stay in registers over all of k.
+template <int kRows, typename Weight>
+void Tile(const float* a, size_t lda, const Weight* w, const float* bias, int k, float* c,
+          size_t ldc, bool add) {
   Vec sums[kRows][kTileVecs];
   UNROLL for (int r = 0; r < kRows; ++r) {
     UNROLL for (int v = 0; v < kTileVecs; ++v) sums[r][v] = Vec::Load(bias + v * kWidth);
   }
   for (int i = 0; i < k; i += 2) {
-    Vec::Pairs column[kTileVecs];
-    UNROLL for (int v = 0; v < kTileVecs; ++v) {
-      column[v] = Vec::LoadPairs(w + i * kPanel + v * 2 * kWidth);
-    }
-    UNROLL for (int r = 0; r < kRows; ++r) {
-      const Vec::Pairs x = Vec::BroadcastPair(a + r * lda + i);
-      UNROLL for (int v = 0; v < kTileVecs; ++v) sums[r][v] = DotPairs(x, column[v], sums[r][v]);
-    }
+    AddProducts<0>(a, lda, w, i, sums);
+    AddProducts<1>(a, lda, w, i, sums);
   }
   UNROLL for (int r = 0; r < kRows; ++r) {
     UNROLL for (int v = 0; v < kTileVecs; ++v) StoreSum(sums[r][v], c + r * ldc + v * kWidth, add);
   }
 }
 
-using FloatTile = void (*)(const float*, size_t, const float*, const float*, int, float*, size_t,
-                           bool);
-using Bf16Tile = void (*)(const uint16_t*, size_t, const uint16_t*, const float*, int, float*,
-                          size_t, bool);
+template <typename Number, typename Weight>
+using TileFn = void (*)(const Number*, size_t, const Weight*, const float*, int, float*, size_t,
+                        bool);
 
-template <int... kRows>
-struct TileTable {
-  static constexpr FloatTile kFloat[] = {TileFloat<kRows + 1>...};
-  static constexpr Bf16Tile kBf16[] = {TileBf16<kRows + 1>...};
+template <typename Weight, int kCount, int... kRows>
+struct Tiles : Tiles<Weight, kCount - 1, kCount - 1, kRows...> {};  // kOf[n - 1]: n rows
+template <typename Weight, int... kRows>
+struct Tiles<Weight, 0, kRows...> {
+  static constexpr TileFn<float, Weight> kOf[] = {Tile<kRows + 1, Weight>...};
 };
-template <int kCount, int... kRows>
-struct MakeTiles : MakeTiles<kCount - 1, kCount - 1, kRows...> {};
-template <int... kRows>
-struct MakeTiles<0, kRows...> : TileTable<kRows...> {};
-using Tiles = MakeTiles<kTileRows>;  // kFloat[n - 1] has n rows
 
 // Tiles of equal height, give or take a row: a short last tile would run below the peak.
 // A panel of w stays in the first cache while the rows pass by it.
-template <typename T, typename Tile>
-inline void TileLoop(const Tile* tiles, const MatrixView& w, int num_cols, const T* a, size_t lda,
-                     int rows, float* c, size_t ldc, bool add) {
+template <typename Number, typename Weight>
+inline void TileLoop(const TileFn<Number, Weight>* tiles, const MatrixView& w, int num_cols,
+                     const Number* a, size_t lda, int rows, float* c, size_t ldc, bool add) {
   const int num_tiles = (rows + kTileRows - 1) / kTileRows;
   for (int col = 0; col < num_cols; col += kPanel) {
-    const T* panel = static_cast<const T*>(w.data) + static_cast<size_t>(col) * w.k;
+    const Weight* panel = static_cast<const Weight*>(w.data) + static_cast<size_t>(col) * w.k;
     for (int t = 0; t < num_tiles; ++t) {
       const int begin = rows * t / num_tiles, end = rows * (t + 1) / num_tiles;
       tiles[end - begin - 1](a + begin * lda, lda, panel, w.bias + col, w.k, c + begin * ldc + col,
@@ -208,39 +197,34 @@ inline void TileLoop(const Tile* tiles, const MatrixView& w, int num_cols, const
   }
 }
 
-// out (rows, k) bfloat16 = a.
-void RoundRows(const float* a, size_t lda, int rows, int k, uint16_t* out) {
-  for (int r = 0; r < rows; ++r) RoundNumbers(a + r * lda, k, out + static_cast<size_t>(r) * k);
-}
-
+// Weights in bfloat16 become float32 as they are loaded, so that only their memory is saved.
 void Gemm(const MatrixView& w, int num_cols, const float* a, size_t lda, int rows, float* c,
-          size_t ldc, bool add, uint16_t* scratch) {
-  if (!w.bf16) return TileLoop(Tiles::kFloat, w, num_cols, a, lda, rows, c, ldc, add);
-  RoundRows(a, lda, rows, w.k, scratch);
-  TileLoop(Tiles::kBf16, w, num_cols, static_cast<const uint16_t*>(scratch), w.k, rows, c, ldc,
-           add);
+          size_t ldc, bool add, void* scratch) {
+  if (!w.bf16) {
+    return TileLoop(Tiles<float, kTileRows>::kOf, w, num_cols, a, lda, rows, c, ldc, add);
+  }
+  const size_t k = w.k;
+  float* rounded = static_cast<float*>(scratch);
+  for (int r = 0; r < rows; ++r) {
+    for (size_t i = 0; i < k; i += kWidth) {
+      RoundToBf16(Vec::Load(a + r * lda + i)).Store(rounded + r * k + i);
+    }
+  }
+  TileLoop<float>(Tiles<uint16_t, kTileRows>::kOf, w, num_cols, rounded, k, rows, c, ldc, add);
 }
 
 // ---- the machine's peak ----
 
-// As many independent sums as a tile has, no memory.
-template <bool kBf16>
-void PeakSums(int64_t iterations) {
+// As many independent sums as a tile has, no memory. Products in bfloat16 are done alike.
+double PeakLoop(int64_t iterations, bool) {
   Vec sums[kTileRows * kTileVecs];
   UNROLL for (Vec& sum : sums) sum = Vec(1.0f);
-  alignas(64) uint16_t pairs[2 * kWidth];
-  for (uint16_t& x : pairs) x = 0x3f80;  // 1.0
-  const Vec::Pairs ones = Vec::LoadPairs(pairs);
   const Vec x(1.0f), y(1e-9f);
   for (int64_t i = 0; i < iterations; ++i) {
-    UNROLL for (Vec& sum : sums) sum = kBf16 ? DotPairs(ones, ones, sum) : Fma(x, y, sum);
+    UNROLL for (Vec& sum : sums) sum = Fma(x, y, sum);
     UNROLL for (Vec& sum : sums) Keep(sum);
   }
-}
-
-double PeakLoop(int64_t iterations, bool bf16) {
-  bf16 ? PeakSums<true>(iterations) : PeakSums<false>(iterations);
-  return static_cast<double>(iterations) * kTileRows * kTileVecs * kWidth * (bf16 ? 4 : 2);
+  return static_cast<double>(iterations) * kTileRows * kTileVecs * kWidth * 2;
 }
 
 constexpr Ops kSimdOps = {kName,     kPanel,        Gemm,         RoundNumbers,  LayerNorm,

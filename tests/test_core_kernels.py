@@ -61,6 +61,14 @@ def test_what_the_processor_has_is_used(isa: str) -> None:
     assert (isa in available_isas()) == (flags >= FLAGS[isa])
 
 
+@pytest.mark.skipif("avx512_bf16" not in available_isas(), reason="no dot products of pairs")
+def test_dot_products_of_pairs_are_used_where_they_pay() -> None:
+    # Intel's take as long as four multiply-adds
+    intel = "GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    names = [isa for isa in available_isas() if isa.startswith("avx512")]
+    assert names == (["avx512", "avx512_bf16"] if intel else ["avx512_bf16", "avx512"])
+
+
 @isas
 @pytest.mark.parametrize("rows", [1, 2, 5, 6, 7, 11, 12, 13, 25, 96])
 @pytest.mark.parametrize(("k", "n"), [(1, 1), (31, 33), (128, 101), (48, 144), (100, 384)])

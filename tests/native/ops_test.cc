@@ -76,7 +76,7 @@ void CheckGemm(const Ops& ops, const GemmCase& test, const PackedMatrix& packed,
       c[r * ldc + col] = test.old[r * test.n + col];
     }
   }
-  std::vector<uint16_t> scratch(test.bf16 ? size_t(rows) * k : 0);
+  std::vector<float> scratch(test.bf16 ? size_t(rows) * k : 0);
   ops.gemm(packed.view(), test.num_cols, a.data(), lda, rows, c.data(), ldc, add, scratch.data());
   double worst = 0.0;  // error as a part of its bound
   for (int r = 0; r < rows; ++r) {
@@ -194,7 +194,8 @@ TEST(NumbersAreRoundedToNearestEven) {
              static_cast<float>(i % 3 - 1) * 0x1p-20f;
       if (i % 2 == 1) a[i] = -a[i];
     }
-    std::vector<uint16_t> scratch(32), rounded(32);
+    std::vector<float> scratch(32);
+    std::vector<uint16_t> rounded(32);
     ops->gemm(ones.view(), 32, a.data(), 32, 1, c.data(), 32, false, scratch.data());
     ops->round(a.data(), 32, rounded.data());
     for (int i = 0; i < 32; ++i) {
