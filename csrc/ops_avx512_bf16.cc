@@ -14,13 +14,14 @@ namespace {
 
 // As Tile, two rows of w at a time.
 template <int kRows>
-void DotTile(const uint16_t* a, size_t lda, const uint16_t* w, const float* bias, int k, float* c,
-             size_t ldc, bool add) {
+void DotTile(const uint16_t* a, size_t lda, const uint16_t* w, const char* next, const float* bias,
+             int k, float* c, size_t ldc, bool add) {
   Vec sums[kRows][kTileVecs];
   UNROLL for (int r = 0; r < kRows; ++r) {
     UNROLL for (int v = 0; v < kTileVecs; ++v) sums[r][v] = Vec::Load(bias + v * kWidth);
   }
   for (int i = 0; i < k; i += 2) {
+    __builtin_prefetch(next + i * kLine / 2, 0, 2);
     __m512bh column[kTileVecs];
     UNROLL for (int v = 0; v < kTileVecs; ++v) {
       column[v] = (__m512bh)_mm512_loadu_si512(w + i * kPanel + v * 2 * kWidth);

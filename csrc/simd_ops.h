@@ -19,6 +19,7 @@ using tt::Ops;
 constexpr int kWidth = Vec::kWidth;
 constexpr float kMasked = -1e30f;  // its exp is zero
 constexpr int kPanel = kTileVecs * kWidth;
+constexpr int kLine = 64;  // bytes of a cache line
 static_assert(kPad % kPanel == 0 && kHeadPad % kWidth == 0);
 
 // ---- numbers in memory, float32 or bfloat16 ----
@@ -153,15 +154,17 @@ inline void AddProducts(const float* a, size_t lda, const Weight* w, int i,
   }
 }
 
-// A tile of c: kRows rows times one panel. Its sums stay in registers over all of k.
+// A tile of c: kRows rows times one panel. Its sums stay in registers over all of k. A line of
+// `next` is asked for in every step.
 template <int kRows, typename Weight>
-void Tile(const float* a, size_t lda, const Weight* w, const float* bias, int k, float* c,
-          size_t ldc, bool add) {
+void Tile(const float* a, size_t lda, const Weight* w, const char* next, const float* bias, int k,
+          float* c, size_t ldc, bool add) {
   Vec sums[kRows][kTileVecs];
   UNROLL for (int r = 0; r < kRows; ++r) {
     UNROLL for (int v = 0; v < kTileVecs; ++v) sums[r][v] = Vec::Load(bias + v * kWidth);
   }
   for (int i = 0; i < k; i += 2) {
+    __builtin_prefetch(next + i * kLine / 2, 0, 2);
     AddProducts<0>(a, lda, w, i, sums);
     AddProducts<1>(a, lda, w, i, sums);
   }
@@ -171,8 +174,8 @@ void Tile(const float* a, size_t lda, const Weight* w, const float* bias, int k,
 }
 
 template <typename Number, typename Weight>
-using TileFn = void (*)(const Number*, size_t, const Weight*, const float*, int, float*, size_t,
-                        bool);
+using TileFn = void (*)(const Number*, size_t, const Weight*, const char*, const float*, int,
+                        float*, size_t, bool);
 
 template <typename Weight, int kCount, int... kRows>
 struct Tiles : Tiles<Weight, kCount - 1, kCount - 1, kRows...> {};  // kOf[n - 1]: n rows
@@ -182,17 +185,21 @@ struct Tiles<Weight, 0, kRows...> {
 };
 
 // Tiles of equal height, give or take a row: a short last tile would run below the peak.
-// A panel of w stays in the first cache while the rows pass by it.
+// A panel of w stays in the first cache while the rows pass by it; meanwhile the next one comes
+// from the third, where weights of a whole model are.
 template <typename Number, typename Weight>
 inline void TileLoop(const TileFn<Number, Weight>* tiles, const MatrixView& w, int num_cols,
                      const Number* a, size_t lda, int rows, float* c, size_t ldc, bool add) {
   const int num_tiles = (rows + kTileRows - 1) / kTileRows;
   for (int col = 0; col < num_cols; col += kPanel) {
     const Weight* panel = static_cast<const Weight*>(w.data) + static_cast<size_t>(col) * w.k;
+    // one tile alone would only be slowed down
+    const Weight* next = num_tiles > 1 ? panel + static_cast<size_t>(w.k) * kPanel : panel;
+    const char* lines = reinterpret_cast<const char*>(next);
     for (int t = 0; t < num_tiles; ++t) {
       const int begin = rows * t / num_tiles, end = rows * (t + 1) / num_tiles;
-      tiles[end - begin - 1](a + begin * lda, lda, panel, w.bias + col, w.k, c + begin * ldc + col,
-                             ldc, add);
+      tiles[end - begin - 1](a + begin * lda, lda, panel, lines + t * (w.k / 2) * kLine,
+                             w.bias + col, w.k, c + begin * ldc + col, ldc, add);
     }
   }
 }
