@@ -25,8 +25,12 @@ constexpr int kMinRows = 6;
 
 }  // namespace
 
-Decoder::Decoder(const Model& model, ThreadPool& pool)
-    : model_(model), pool_(pool), kv_(model.shape.num_layers), scratch_(pool.num_threads()) {
+Decoder::Decoder(const Model& model, ThreadPool& pool, size_t first_layer_bytes)
+    : model_(model),
+      pool_(pool),
+      kv_(model.shape.num_layers),
+      first_(model, first_layer_bytes),
+      scratch_(pool.num_threads()) {
   const Shape& shape = model.shape;
   const int widest = std::max({shape.hidden_width(), shape.width(), shape.attn_width()});
   for (Scratch& scratch : scratch_) {
@@ -58,6 +62,7 @@ void Decoder::Forward(const Pass& pass) {
   q_.Reserve(static_cast<size_t>(pass.count) * shape.attn_width());
   logits_.Reserve(static_cast<size_t>(pass.num_leaves) * shape.logits_width());
   shared_.resize(pass.count);
+  ProjectFirst();
   pass.chained ? Prefill() : Decode();
   Count(pass);
 }
@@ -117,21 +122,41 @@ void Decoder::Prefill() {
   });
 }
 
+// Projections of the first layer that no earlier pass has needed.
+void Decoder::ProjectFirst() {
+  first_.Find(pass_->placed);
+  const Layer& layer = model_.layers[0];
+  const int width = model_.shape.width(), attn = model_.shape.attn_width();
+  ForRows(0, static_cast<int>(first_.missing().size()), [&](int begin, int end, Scratch& scratch) {
+    for (int i = begin; i < end; ++i) {
+      float* embedded = scratch.hidden.data();
+      EmbedRow(first_.missing()[i], embedded);
+      model_.ops.layer_norm(embedded, layer.ln1_gamma.data(), layer.ln1_beta.data(),
+                            model_.shape.embed_dim, RowOf(scratch.normed, i - begin, width));
+    }
+    Gemm(layer.kvq, 3 * attn, scratch.normed.data(), width, end - begin,
+         first_.missing_rows() + static_cast<size_t>(begin) * 3 * attn, 3 * attn, false, scratch);
+  });
+}
+
 void Decoder::Embed(int begin, int end) {
-  const int width = model_.shape.width();
   for (int row = begin; row < end; ++row) {
     shared_[row] = row > 0 ? SharedPath(row) : 0;
-    const float* token =
-        model_.embedding.data() + static_cast<size_t>(pass_->embedding_row[row]) * width;
-    float* h = RowOf(h_, row, width);
-    if (pass_->position[row] < 0) {
-      std::memcpy(h, token, width * sizeof(float));
-      continue;
-    }
-    const float* position =
-        model_.position.data() + static_cast<size_t>(pass_->position[row]) * width;
-    for (int i = 0; i < width; ++i) h[i] = token[i] + position[i];
+    EmbedRow(row, RowOf(h_, row, model_.shape.width()));
   }
+}
+
+void Decoder::EmbedRow(int row, float* out) const {
+  const int width = model_.shape.width();
+  const float* token =
+      model_.embedding.data() + static_cast<size_t>(pass_->embedding_row[row]) * width;
+  if (pass_->position[row] < 0) {
+    std::memcpy(out, token, width * sizeof(float));
+    return;
+  }
+  const float* position =
+      model_.position.data() + static_cast<size_t>(pass_->position[row]) * width;
+  for (int i = 0; i < width; ++i) out[i] = token[i] + position[i];
 }
 
 // How much of its path a row has in common with the row before it.
@@ -145,11 +170,14 @@ void Decoder::AttentionInput(int layer, int begin, int end, bool keys_only, Scra
   const Layer& weights = model_.layers[layer];
   const int attn = model_.shape.attn_width();
   PrefetchKeys(layer, begin, end);
-  Normalise(weights.ln1_gamma, weights.ln1_beta, begin, end, scratch);
-  Gemm(weights.kvq, keys_only ? 2 * attn : 3 * attn, scratch.normed.data(), model_.shape.width(),
-       end - begin, scratch.kvq.data(), 3 * attn, false, scratch);
+  if (layer > 0) {
+    Normalise(weights.ln1_gamma, weights.ln1_beta, begin, end, scratch);
+    Gemm(weights.kvq, keys_only ? 2 * attn : 3 * attn, scratch.normed.data(), model_.shape.width(),
+         end - begin, scratch.kvq.data(), 3 * attn, false, scratch);
+  }
   for (int row = begin; row < end; ++row) {
-    const float* kvq = RowOf(scratch.kvq, row - begin, 3 * attn);
+    float* own = RowOf(scratch.kvq, row - begin, 3 * attn);
+    const float* kvq = layer > 0 ? own : first_[row];
     if (model_.bf16) {
       uint16_t* rounded = reinterpret_cast<uint16_t*>(scratch.rounded.data());
       model_.ops.round(kvq, 2 * attn, rounded);
@@ -157,7 +185,9 @@ void Decoder::AttentionInput(int layer, int begin, int end, bool keys_only, Scra
     } else {
       StoreKeys(layer, row, kvq);
     }
-    if (pass_->chained && !keys_only) CopyLanes(kvq + 2 * attn, attn, RowOf(q_, row, attn));
+    if (keys_only) continue;
+    float* query = pass_->chained ? RowOf(q_, row, attn) : own + 2 * attn;
+    if (query != kvq + 2 * attn) CopyLanes(kvq + 2 * attn, attn, query);
   }
 }
 
@@ -260,6 +290,11 @@ void Decoder::Count(const Pass& pass) {
   const double block = 2.0 * embed * embed * 12.0;
   stats_.gemm_flops += pass.count * block * (shape.num_layers - 1) + leaves * block +
                        internal * 4.0 * embed * embed + leaves * 2.0 * embed * shape.num_ids();
+  // what the first layer projects is counted once for every row of first_
+  const double projections =
+      shape.num_layers > 1 ? 6.0 * pass.count : 6.0 * leaves + 4.0 * internal;
+  const double missing = static_cast<double>(first_.missing().size());
+  stats_.gemm_flops += (6.0 * missing - projections) * embed * embed;
   for (int i = 0; i < pass.count; ++i) {
     const int layers = i < pass.num_internal() ? shape.num_layers - 1 : shape.num_layers;
     stats_.attention_flops += 4.0 * embed * pass.path_len[i] * layers;
@@ -281,7 +316,8 @@ void Decoder::ResetStats() {
 }
 
 size_t Decoder::allocated_bytes() const {
-  size_t bytes = (h_.size() + q_.size() + logits_.size()) * sizeof(float);
+  size_t bytes =
+      (h_.size() + q_.size() + logits_.size()) * sizeof(float) + first_.allocated_bytes();
   for (const auto& layer : kv_) bytes += layer.size();
   return bytes;
 }

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "aligned_buffer.h"
+#include "first_layer.h"
 #include "model.h"
 #include "thread_pool.h"
 #include "token_tree.h"
@@ -26,7 +27,8 @@ struct DecoderStats {
 // Keys and values of all nodes, and one forward pass at a time.
 class Decoder {
  public:
-  Decoder(const Model& model, ThreadPool& pool);
+  // first_layer_bytes: see FirstLayer. Ant's model, of the official size, can use 57 MB.
+  Decoder(const Model& model, ThreadPool& pool, size_t first_layer_bytes = size_t{64} << 20);
 
   // Room for so many nodes and logits.
   void Reserve(int max_nodes, int max_path);
@@ -59,8 +61,10 @@ class Decoder {
   void Decode();
   void Prefill();
 
+  void ProjectFirst();
   // Steps over rows [begin, end) of the pass.
   void Embed(int begin, int end);
+  void EmbedRow(int row, float* out) const;
   int SharedPath(int row) const;
   void AttentionInput(int layer, int begin, int end, bool keys_only, Scratch& scratch);
   void PrefetchKeys(int layer, int begin, int end);
@@ -93,6 +97,7 @@ class Decoder {
   size_t max_nodes_ = 0;
   // a layer: (num_heads, 2, max_nodes, head_stride) float32, or bfloat16 if the weights are
   std::vector<AlignedBuffer<std::byte>> kv_;
+  FirstLayer first_;
   AlignedBuffer<float> h_;        // (rows, width) residual stream
   AlignedBuffer<float> q_;        // (rows, attn_width)
   std::vector<int32_t> shared_;   // (rows) AttendArgs::shared

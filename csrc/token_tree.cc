@@ -86,7 +86,8 @@ void TokenTree::Append(const int32_t* tokens) {
 
 const Pass& TokenTree::MakePass() {
   pass_.count = pass_.num_leaves = 0;
-  for (auto* field : {&pass_.embedding_row, &pass_.position, &pass_.node, &pass_.path_len}) {
+  for (auto* field :
+       {&pass_.embedding_row, &pass_.position, &pass_.placed, &pass_.node, &pass_.path_len}) {
     field->clear();
   }
   pass_.path.clear();
@@ -219,6 +220,8 @@ void TokenTree::AddNode(int context, int row, int window_idx, int path_idx) {
       position < 0 ? model_.GoalRow(token, window_idx)
                    : model_.EmbeddingRow(token, position % model_.shape.transition_dim()));
   pass_.position.push_back(std::max(position, -1));
+  pass_.placed.push_back(position < 0 ? model_.shape.PlacedGoal(token, window_idx)
+                                      : model_.shape.Placed(token, position));
   pass_.node.push_back(node);
   pass_.path.push_back(path);
   pass_.path_len.push_back(path_idx + (hidden ? 0 : 1));

@@ -13,11 +13,12 @@
 namespace tt::test {
 
 struct Engine {
-  Engine(const Model& model, const TreeLimits& limits, int num_threads)
+  Engine(const Model& model, const TreeLimits& limits, int num_threads,
+         size_t first_layer_bytes = 1 << 20)
       : num_ids(model.shape.num_ids()),
         pool(num_threads),
         tree(model, HiddenValues(model.shape)),
-        decoder(model, pool) {
+        decoder(model, pool, first_layer_bytes) {
     tree.Reserve(limits);
     decoder.Reserve(tree.max_total_nodes(), model.shape.goal_len + limits.max_len);
   }
@@ -34,7 +35,8 @@ struct Engine {
   Decoder decoder;
 };
 
-// Nothing kept, nothing shared: every call encodes the window of one sequence.
+// Nothing shared: every call encodes the window of one sequence. Of the first layer no more is kept
+// than the last window needed.
 class FreshEncoder {
  public:
   FreshEncoder(const Model& model, int max_len)
@@ -44,7 +46,7 @@ class FreshEncoder {
                  .max_len = max_len,
                  .max_tokens = max_len,
                  .max_nodes = model.shape.goal_len + max_len},
-                1) {}
+                1, 0) {}
 
   std::vector<float> Logits(const std::vector<int32_t>& goal, const std::vector<int32_t>& tokens) {
     engine_.tree.Begin({tokens}, goal);
