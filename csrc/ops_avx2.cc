@@ -55,6 +55,14 @@ inline Vec ZipUpper(Vec a, Vec b) {
       _mm256_permute2f128_ps(_mm256_unpacklo_ps(a.v, b.v), _mm256_unpackhi_ps(a.v, b.v), 0x31));
 }
 
+// Quarters 0, 2, 1, 3.
+inline Vec SwapInner(__m256 a) {
+  return Vec(_mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(a), 0xD8)));
+}
+// Lanes 0, 2, 4 and so on of a, then of b; and those between.
+inline Vec EvenLanes(Vec a, Vec b) { return SwapInner(_mm256_shuffle_ps(a.v, b.v, 0x88)); }
+inline Vec OddLanes(Vec a, Vec b) { return SwapInner(_mm256_shuffle_ps(a.v, b.v, 0xDD)); }
+
 // Below the smallest normal number the result is zero.
 inline Vec ScaleByPowerOf2(Vec a, Vec n) {
   const __m256 normal = _mm256_cmp_ps(n.v, _mm256_set1_ps(-126.0f), _CMP_GE_OQ);

@@ -60,6 +60,16 @@ inline Vec ZipUpper(Vec a, Vec b) {
   return Vec(_mm512_permutex2var_ps(a.v, from, b.v));
 }
 
+// Lanes 0, 2, 4 and so on of a, then of b; and those between.
+inline Vec EvenLanes(Vec a, Vec b) {
+  const __m512i from = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  return Vec(_mm512_permutex2var_ps(a.v, from, b.v));
+}
+inline Vec OddLanes(Vec a, Vec b) {
+  const __m512i from = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  return Vec(_mm512_permutex2var_ps(a.v, from, b.v));
+}
+
 // Both sum two vectors, halving each: a blend and one shuffle instead of two shuffles, of which the
 // processor does fewer at a time. The lower 256 bits are of a, the upper of b:
 inline __m512 SumHalves(Vec a, Vec b) {

@@ -50,6 +50,10 @@ inline void Keep(Vec& a) { asm volatile("" : "+w"(a.v)); }
 inline Vec ZipLower(Vec a, Vec b) { return Vec(vzip1q_f32(a.v, b.v)); }
 inline Vec ZipUpper(Vec a, Vec b) { return Vec(vzip2q_f32(a.v, b.v)); }
 
+// Lanes 0 and 2 of a, then of b; and those between.
+inline Vec EvenLanes(Vec a, Vec b) { return Vec(vuzp1q_f32(a.v, b.v)); }
+inline Vec OddLanes(Vec a, Vec b) { return Vec(vuzp2q_f32(a.v, b.v)); }
+
 // Below the smallest normal number the result is zero.
 inline Vec ScaleByPowerOf2(Vec a, Vec n) {
   const uint32x4_t normal = vcgeq_f32(n.v, vdupq_n_f32(-126.0f));

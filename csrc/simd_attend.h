@@ -5,11 +5,54 @@
 
 namespace {
 
+// ---- attention: a key, or a value, in registers ----
+//
+// Two vectors of bfloat16 are loaded at once, numbers with even indices into one and those with odd
+// indices into the other, as a pair of them is in the place of a float32. Queries are loaded in the
+// same order, and sums of values are put back into theirs.
+
+template <int kVecs, typename Key>
+inline constexpr bool kInPairs = sizeof(Key) == sizeof(uint16_t) && kVecs % 2 == 0;
+
+template <int kVecs, typename Key>
+inline Vec LoadPart(const Key* x, int v) {
+  if constexpr (kInPairs<kVecs, Key>) {
+    const Key* pairs = x + v / 2 * 2 * kWidth;
+    return v % 2 == 0 ? Vec::LoadHalfPairs<0>(pairs) : Vec::LoadHalfPairs<1>(pairs);
+  } else {
+    return LoadNumbers(x + v * kWidth);
+  }
+}
+
+template <int kVecs, typename Key>
+inline void LoadQuery(const float* q, float scale, Vec (&query)[kVecs]) {
+  UNROLL for (int v = 0; v < kVecs; ++v) query[v] = Vec::Load(q + v * kWidth) * Vec(scale);
+  if constexpr (kInPairs<kVecs, Key>) {
+    UNROLL for (int v = 0; v < kVecs; v += 2) {
+      const Vec lower = query[v], upper = query[v + 1];
+      query[v] = EvenLanes(lower, upper);
+      query[v + 1] = OddLanes(lower, upper);
+    }
+  }
+}
+
+template <int kVecs, typename Key>
+inline void StoreInOrder(const Vec (&x)[kVecs], float* out) {
+  if constexpr (kInPairs<kVecs, Key>) {
+    UNROLL for (int v = 0; v < kVecs; v += 2) {
+      ZipLower(x[v], x[v + 1]).Store(out + v * kWidth);
+      ZipUpper(x[v], x[v + 1]).Store(out + (v + 1) * kWidth);
+    }
+  } else {
+    UNROLL for (int v = 0; v < kVecs; ++v) x[v].Store(out + v * kWidth);
+  }
+}
+
 // Sum over lanes still to come: q . key.
 template <int kVecs, typename Key>
 inline Vec DotVecs(const Vec (&q)[kVecs], const Key* key) {
-  Vec sum = q[0] * LoadNumbers(key);
-  UNROLL for (int v = 1; v < kVecs; ++v) sum = Fma(q[v], LoadNumbers(key + v * kWidth), sum);
+  Vec sum = q[0] * LoadPart<kVecs>(key, 0);
+  UNROLL for (int v = 1; v < kVecs; ++v) sum = Fma(q[v], LoadPart<kVecs>(key, v), sum);
   return sum;
 }
 
@@ -68,17 +111,12 @@ struct Prefetcher {
 // A row alone, or two neighbours at once over the ancestors that they share: each key and value is
 // then loaded once for both.
 
-template <int kVecs>
-inline void LoadQuery(const float* q, float scale, Vec (&query)[kVecs]) {
-  UNROLL for (int v = 0; v < kVecs; ++v) query[v] = Vec::Load(q + v * kWidth) * Vec(scale);
-}
-
 // scores[j] = q . k_j for j in [begin, len), kMasked after them; begin is a multiple of kWidth.
 template <int kVecs, typename Key>
 inline void DotKeys(const float* q, float scale, const Key* keys, const uint32_t* path, int begin,
                     int len, float* scores, Prefetcher<kVecs, Key>& prefetcher) {
   Vec query[kVecs];
-  LoadQuery<kVecs>(q, scale, query);
+  LoadQuery<kVecs, Key>(q, scale, query);
   // a vector of partial sums a key, then all of them reduced at once: lane i belongs to key j + i
   for (int j = begin; j < len; j += kWidth) {
     prefetcher.Step();
@@ -103,8 +141,8 @@ inline void DotSharedKeys(const float* q, size_t q_stride, float scale, const Ke
                           const uint32_t* path, int end, float* scores, size_t scores_size,
                           Prefetcher<kVecs, Key>& prefetcher) {
   Vec query0[kVecs], query1[kVecs];
-  LoadQuery<kVecs>(q, scale, query0);
-  LoadQuery<kVecs>(q + (end > 0 ? q_stride : 0), scale, query1);
+  LoadQuery<kVecs, Key>(q, scale, query0);
+  LoadQuery<kVecs, Key>(q + (end > 0 ? q_stride : 0), scale, query1);
   for (int j = 0; j < end; j += kWidth) {
     prefetcher.Step();
     Vec partial0[kWidth], partial1[kWidth];
@@ -145,19 +183,21 @@ struct Chains {
   Vec sums[kChains][kVecs];
 };
 
-template <int kVecs>
+template <int kVecs, typename Key>
 inline void StoreTotal(const Chains<kVecs>& chains, float scale, float* out) {
+  Vec totals[kVecs];
   UNROLL for (int v = 0; v < kVecs; ++v) {
-    Vec total = chains.sums[0][v];
-    UNROLL for (int c = 1; c < chains.kChains; ++c) total = total + chains.sums[c][v];
-    (total * Vec(scale)).Store(out + v * kWidth);
+    totals[v] = chains.sums[0][v];
+    UNROLL for (int c = 1; c < chains.kChains; ++c) totals[v] = totals[v] + chains.sums[c][v];
+    totals[v] = totals[v] * Vec(scale);
   }
+  StoreInOrder<kVecs, Key>(totals, out);
 }
 
 template <int kVecs, typename Key>
 inline void AddOne(float weight, const Key* value, Vec (&sums)[kVecs]) {
   const Vec w(weight);
-  UNROLL for (int v = 0; v < kVecs; ++v) sums[v] = Fma(w, LoadNumbers(value + v * kWidth), sums[v]);
+  UNROLL for (int v = 0; v < kVecs; ++v) sums[v] = Fma(w, LoadPart<kVecs>(value, v), sums[v]);
 }
 
 // Chains of values [0, end), then of [end, len) too; end is a multiple of kWidth. By value: sums
@@ -193,7 +233,7 @@ inline void AddSharedValues(const float* weights, size_t stride, const Key* valu
       const Vec w1 = Vec::Broadcast(weights + stride + j + c);
       const Key* value = values + path[j + c];
       UNROLL for (int v = 0; v < kVecs; ++v) {
-        const Vec x = LoadNumbers(value + v * kWidth);
+        const Vec x = LoadPart<kVecs>(value, v);
         a.sums[c][v] = Fma(w0, x, a.sums[c][v]);
         b.sums[c][v] = Fma(w1, x, b.sums[c][v]);
       }
@@ -241,9 +281,9 @@ inline void AttendBlock(const AttendArgs& args, const FreshNodes& fresh, int hea
     AddSharedValues<kVecs, Key>(scores(i), args.scores_size, values, paths[i], ends[i], chains,
                                 prefetcher);
     for (int row = i; row < i + 2 && row < num_rows; ++row) {
-      StoreTotal<kVecs>(AddValues<kVecs, Key>(chains[row - i], scores(row), values, paths[row],
-                                              ends[i], lens[row], prefetcher),
-                        scales[row], out + row * args.out_stride);
+      StoreTotal<kVecs, Key>(AddValues<kVecs, Key>(chains[row - i], scores(row), values, paths[row],
+                                                   ends[i], lens[row], prefetcher),
+                             scales[row], out + row * args.out_stride);
     }
   }
 }
@@ -284,8 +324,8 @@ void AttendWide(const AttendArgs& args) {
         for (auto& sums : chains.sums) sums[0] = Vec(0.0f);
         const Key* values = keys + args.head_size + i;
         Prefetcher<1, Key> none;
-        StoreTotal<1>(AddValues<1, Key>(chains, args.scores, values, path, 0, len, none), scale,
-                      out + i);
+        StoreTotal<1, Key>(AddValues<1, Key>(chains, args.scores, values, path, 0, len, none),
+                           scale, out + i);
       }
     }
   }
