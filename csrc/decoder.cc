@@ -191,7 +191,7 @@ void Decoder::AttentionInput(int layer, int begin, int end, bool keys_only, Scra
   }
 }
 
-// Asks for the lines that StoreKeys will write, while the projection is computed.
+// Asks for the lines that StoreKeys will write, before the projection is computed or read.
 void Decoder::PrefetchKeys(int layer, int begin, int end) {
   const size_t key_bytes = model_.shape.head_stride() * model_.key_bytes();
   const size_t head_bytes = head_size() * model_.key_bytes();

@@ -6,43 +6,62 @@ namespace tt {
 
 FirstLayer::FirstLayer(const Model& model, size_t max_bytes)
     : width_(3 * static_cast<size_t>(model.shape.attn_width())),
-      capacity_(std::min<size_t>(model.shape.num_placed(), max_bytes / (width_ * sizeof(float)))),
-      row_of_(model.shape.num_placed(), -1) {
-  rows_.Reserve(capacity_ * width_);
+      usual_rows_(std::min(static_cast<size_t>(model.shape.num_placed()),
+                           max_bytes / (width_ * sizeof(float)))) {
+  Reserve(usual_rows_);
 }
 
-void FirstLayer::Find(const std::vector<int32_t>& placed) {
+void FirstLayer::Find(const std::vector<int64_t>& placed) {
   num_known_ += missing_.size();
-  if (TryFind(placed)) return;
-  Forget();
-  if (TryFind(placed)) return;
-  Forget();
-  const size_t needed = std::min(row_of_.size(), placed.size());
-  capacity_ = 0;  // should there be no memory
-  rows_.Reserve(needed * width_);
-  capacity_ = needed;
-  TryFind(placed);
+  missing_.clear();
+  missing_.reserve(placed.size());
+  found_.resize(placed.size());
+  while (!TryFind(placed)) {
+    const bool was_empty = num_known_ == 0;
+    Forget();
+    if (was_empty) Reserve(std::max(usual_rows_, 2 * capacity_ + 1));
+  }
 }
 
-bool FirstLayer::TryFind(const std::vector<int32_t>& placed) {
-  missing_.clear();
-  found_.resize(placed.size());
+bool FirstLayer::TryFind(const std::vector<int64_t>& placed) {
   for (size_t i = 0; i < placed.size(); ++i) {
-    int32_t& row = row_of_[placed[i]];
-    if (row < 0) {
-      if (num_known_ + missing_.size() == capacity_) return false;
-      row = static_cast<int32_t>(num_known_ + missing_.size());
+    if (capacity_ == 0) return false;
+    Entry& entry = Lookup(placed[i]);
+    if (entry.placed < 0) {
+      const size_t row = num_known_ + missing_.size();
+      if (row == capacity_) return false;
+      entry = {placed[i], static_cast<uint32_t>(row)};
       missing_.push_back(static_cast<int32_t>(i));
     }
-    found_[i] = static_cast<uint32_t>(row);
+    found_[i] = entry.row;
   }
   return true;
 }
 
+// Its entry, or the empty one where it belongs.
+FirstLayer::Entry& FirstLayer::Lookup(int64_t placed) {
+  const size_t mask = table_.size() - 1;
+  const uint64_t hash = static_cast<uint64_t>(placed) * 0x9E3779B97F4A7C15u;  // 2^64 / golden ratio
+  for (size_t i = hash >> 32;; ++i) {
+    Entry& entry = table_[i & mask];
+    if (entry.placed < 0 || entry.placed == placed) return entry;
+  }
+}
+
 void FirstLayer::Forget() {
-  std::fill(row_of_.begin(), row_of_.end(), -1);
+  std::fill(table_.begin(), table_.end(), Entry{-1, 0});
   missing_.clear();
   num_known_ = 0;
+}
+
+// Of an empty one.
+void FirstLayer::Reserve(size_t num_rows) {
+  capacity_ = 0;  // should there be no memory
+  size_t size = 1;
+  while (size < 2 * num_rows) size *= 2;
+  table_.assign(size, Entry{-1, 0});
+  rows_.Reserve(num_rows * width_);
+  capacity_ = num_rows;
 }
 
 }  // namespace tt

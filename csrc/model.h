@@ -30,10 +30,10 @@ struct Shape {
   int num_ids() const { return vocab_size + 1; }  // with the stop token
   int head_dim() const { return embed_dim / num_heads; }
   // A placed token is a token at a position of the window, or one of the goal's.
-  int num_placed() const { return block_size() * num_ids() + goal_len * vocab_size; }
-  int Placed(int token, int position) const { return position * num_ids() + token; }
-  int PlacedGoal(int token, int goal_idx) const {
-    return block_size() * num_ids() + goal_idx * vocab_size + token;
+  int64_t num_placed() const { return Placed(0, block_size()) + int64_t{goal_len} * vocab_size; }
+  int64_t Placed(int token, int position) const { return int64_t{position} * num_ids() + token; }
+  int64_t PlacedGoal(int token, int goal_idx) const {
+    return Placed(0, block_size()) + int64_t{goal_idx} * vocab_size + token;
   }
   // padded widths
   int width() const { return RoundUp(embed_dim, kPad); }

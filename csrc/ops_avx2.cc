@@ -119,8 +119,12 @@ constexpr int kTileVecs = 2;
 }  // namespace
 #include "simd_ops.h"
 
+namespace {
+constexpr Ops kOps = MakeOps(Gemm, PeakLoop);
+}
+
 namespace tt {
-const Ops* Avx2Ops() { return &kSimdOps; }
+const Ops* Avx2Ops() { return &kOps; }
 }  // namespace tt
 #else
 #include "ops.h"

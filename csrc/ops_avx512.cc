@@ -6,8 +6,12 @@ constexpr char kName[] = "avx512";
 }
 #include "simd_ops.h"
 
+namespace {
+constexpr Ops kOps = MakeOps(Gemm, PeakLoop);
+}
+
 namespace tt {
-const Ops* Avx512Ops() { return &kSimdOps; }
+const Ops* Avx512Ops() { return &kOps; }
 }  // namespace tt
 #else
 #include "ops.h"

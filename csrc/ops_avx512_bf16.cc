@@ -8,9 +8,9 @@ constexpr char kName[] = "avx512_bf16";
 
 namespace {
 
-// The dot product of pairs that this instruction set adds does twice the work of a multiply-add on
-// AMD's processors. (On Intel's it takes two cycles, in which two multiply-adds were done: there
-// the table is chosen for its other instructions only, see isa.cc.)
+// The dot product of pairs that this instruction set adds is worth two multiply-adds and takes no
+// longer than one on AMD's processors. (On Intel's it takes as long as four: there this table is
+// used by name, and as the base of AMX's.)
 
 // As Tile, two rows of w at a time.
 template <int kRows>
@@ -49,7 +49,7 @@ struct DotTiles<0, kRows...> {
 
 void DotGemm(const MatrixView& w, int num_cols, const float* a, size_t lda, int rows, float* c,
              size_t ldc, bool add, void* scratch) {
-  if (!w.bf16) return Gemm(w, num_cols, a, lda, rows, c, ldc, add, scratch);
+  if (!w.bf16) return FloatGemm(w, num_cols, a, lda, rows, c, ldc, add);
   const size_t k = w.k;
   uint16_t* rounded = static_cast<uint16_t*>(scratch);
   for (int r = 0; r < rows; ++r) RoundNumbers(a + r * lda, k, rounded + r * k);
@@ -69,18 +69,12 @@ double DotPeakLoop(int64_t iterations, bool bf16) {
   return static_cast<double>(iterations) * kTileRows * kTileVecs * kWidth * 4;
 }
 
-constexpr Ops MakeOps() {
-  Ops ops = kSimdOps;
-  ops.gemm = DotGemm;
-  ops.peak_loop = DotPeakLoop;
-  return ops;
-}
-constexpr Ops kDotOps = MakeOps();
+constexpr Ops kOps = MakeOps(DotGemm, DotPeakLoop);
 
 }  // namespace
 
 namespace tt {
-const Ops* Avx512Bf16Ops() { return &kDotOps; }
+const Ops* Avx512Bf16Ops() { return &kOps; }
 }  // namespace tt
 #else
 #include "ops.h"

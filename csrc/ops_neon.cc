@@ -87,8 +87,12 @@ constexpr int kTileVecs = 4;
 }  // namespace
 #include "simd_ops.h"
 
+namespace {
+constexpr Ops kOps = MakeOps(Gemm, PeakLoop);
+}
+
 namespace tt {
-const Ops* NeonOps() { return &kSimdOps; }
+const Ops* NeonOps() { return &kOps; }
 }  // namespace tt
 #else
 #include "ops.h"

@@ -1,5 +1,5 @@
 // The kernels, written once over a vector type. Include it after defining, in an anonymous
-// namespace, `Vec`, kName, kTileRows, kTileVecs and kRegisters; it defines `kSimdOps`.
+// namespace, `Vec`, kName, kTileRows, kTileVecs and kRegisters; it defines `MakeOps`.
 //
 // No include guard and nothing but anonymous namespaces: each instruction set has its own copy.
 #include "ops.h"
@@ -186,30 +186,37 @@ struct Tiles<Weight, 0, kRows...> {
 
 // Tiles of equal height, give or take a row: a short last tile would run below the peak.
 // A panel of w stays in the first cache while the rows pass by it; meanwhile the next one comes
-// from the third, where weights of a whole model are.
+// from the third, where the weights of a whole model are.
 template <typename Number, typename Weight>
 inline void TileLoop(const TileFn<Number, Weight>* tiles, const MatrixView& w, int num_cols,
                      const Number* a, size_t lda, int rows, float* c, size_t ldc, bool add) {
   const int num_tiles = (rows + kTileRows - 1) / kTileRows;
+  const size_t panel_size = static_cast<size_t>(w.k) * kPanel;
+  const size_t tile_bytes = static_cast<size_t>(w.k) / 2 * kLine;  // that a tile asks for
   for (int col = 0; col < num_cols; col += kPanel) {
     const Weight* panel = static_cast<const Weight*>(w.data) + static_cast<size_t>(col) * w.k;
-    // one tile alone would only be slowed down
-    const Weight* next = num_tiles > 1 ? panel + static_cast<size_t>(w.k) * kPanel : panel;
-    const char* lines = reinterpret_cast<const char*>(next);
+    const bool last = col + kPanel >= num_cols;
     for (int t = 0; t < num_tiles; ++t) {
       const int begin = rows * t / num_tiles, end = rows * (t + 1) / num_tiles;
-      tiles[end - begin - 1](a + begin * lda, lda, panel, lines + t * (w.k / 2) * kLine,
+      // one tile alone would only be slowed down; lines that are here already cost next to nothing
+      const bool asks =
+          num_tiles > 1 && !last && (t + 1) * tile_bytes <= panel_size * sizeof(Weight);
+      const char* lines = reinterpret_cast<const char*>(asks ? panel + panel_size : panel);
+      tiles[end - begin - 1](a + begin * lda, lda, panel, asks ? lines + t * tile_bytes : lines,
                              w.bias + col, w.k, c + begin * ldc + col, ldc, add);
     }
   }
 }
 
+inline void FloatGemm(const MatrixView& w, int num_cols, const float* a, size_t lda, int rows,
+                      float* c, size_t ldc, bool add) {
+  TileLoop(Tiles<float, kTileRows>::kOf, w, num_cols, a, lda, rows, c, ldc, add);
+}
+
 // Weights in bfloat16 become float32 as they are loaded, so that only their memory is saved.
-void Gemm(const MatrixView& w, int num_cols, const float* a, size_t lda, int rows, float* c,
-          size_t ldc, bool add, void* scratch) {
-  if (!w.bf16) {
-    return TileLoop(Tiles<float, kTileRows>::kOf, w, num_cols, a, lda, rows, c, ldc, add);
-  }
+inline void Gemm(const MatrixView& w, int num_cols, const float* a, size_t lda, int rows, float* c,
+                 size_t ldc, bool add, void* scratch) {
+  if (!w.bf16) return FloatGemm(w, num_cols, a, lda, rows, c, ldc, add);
   const size_t k = w.k;
   float* rounded = static_cast<float*>(scratch);
   for (int r = 0; r < rows; ++r) {
@@ -234,8 +241,10 @@ double PeakLoop(int64_t iterations, bool) {
   return static_cast<double>(iterations) * kTileRows * kTileVecs * kWidth * 2;
 }
 
-constexpr Ops kSimdOps = {kName,     kPanel,        Gemm,         RoundNumbers,  LayerNorm,
-                          GeluRow,   Attend,        TrainForward, TrainBackward, TrainGelu,
-                          TrainNorm, TrainNormGrad, DrawKeep,     Softmax,       PeakLoop};
+constexpr Ops MakeOps(decltype(Ops::gemm) gemm, decltype(Ops::peak_loop) peak_loop) {
+  return {kName,     kPanel,        gemm,         RoundNumbers,  LayerNorm,
+          GeluRow,   Attend,        TrainForward, TrainBackward, TrainGelu,
+          TrainNorm, TrainNormGrad, DrawKeep,     Softmax,       peak_loop};
+}
 
 }  // namespace

@@ -86,10 +86,10 @@ void TokenTree::Append(const int32_t* tokens) {
 
 const Pass& TokenTree::MakePass() {
   pass_.count = pass_.num_leaves = 0;
-  for (auto* field :
-       {&pass_.embedding_row, &pass_.position, &pass_.placed, &pass_.node, &pass_.path_len}) {
+  for (auto* field : {&pass_.embedding_row, &pass_.position, &pass_.node, &pass_.path_len}) {
     field->clear();
   }
+  pass_.placed.clear();
   pass_.path.clear();
   for (int c = 0; c < num_contexts(); ++c) {
     contexts_[c].cropped = is_cropped(c);

@@ -24,7 +24,7 @@ struct Pass {
   // per node, (count)
   std::vector<int32_t> embedding_row;
   std::vector<int32_t> position;  // in the window; -1: none, as a goal's tokens
-  std::vector<int32_t> placed;    // Shape::Placed or PlacedGoal
+  std::vector<int64_t> placed;    // Shape::Placed or PlacedGoal
   std::vector<int32_t> node;      // where its keys and values go
   std::vector<const uint32_t*> path;
   std::vector<int32_t> path_len;  // itself included unless hidden

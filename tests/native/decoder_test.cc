@@ -20,7 +20,7 @@ using Row = std::vector<int32_t>;
 // are kept; `visit` sees every row after every pass.
 template <typename Visit>
 void GrowBeams(const Model& model, int max_len, const std::vector<int>& context_lens,
-               const Row& goal, int num_threads, Visit&& visit) {
+               const Row& goal, int num_threads, size_t first_layer_bytes, Visit&& visit) {
   constexpr int kBeams = 2, kRows = 6;
   const int num_contexts = static_cast<int>(context_lens.size()),
             dim = model.shape.transition_dim();
@@ -30,7 +30,7 @@ void GrowBeams(const Model& model, int max_len, const std::vector<int>& context_
                  .max_len = max_len,
                  .max_tokens = max_len + 3 * dim,
                  .max_nodes = kRows * (max_len + 2 * dim)},
-                num_threads);
+                num_threads, first_layer_bytes);
   Random random(5);
   std::vector<Row> contexts;
   for (int len : context_lens) contexts.push_back(random.Tokens(len, model.shape.num_ids()));
@@ -54,7 +54,8 @@ void GrowBeams(const Model& model, int max_len, const std::vector<int>& context_
 }
 
 // The sums of a row are the same, and in the same order, whatever the rows beside it are.
-void CheckIncremental(const Shape& shape, const Ops& ops, bool bf16, int num_threads) {
+void CheckIncremental(const Shape& shape, const Ops& ops, bool bf16, int num_threads,
+                      size_t first_layer_bytes = 1 << 20) {
   const Context context(Text(ops.name, bf16 ? "bf16" : "fp32", "embed", shape.embed_dim, "goal",
                              shape.goal_len, "threads", num_threads));
   const auto model = MakeModel(shape, ops, bf16);
@@ -62,7 +63,7 @@ void CheckIncremental(const Shape& shape, const Ops& ops, bool bf16, int num_thr
   const int dim = shape.transition_dim(), len = shape.observation_dim;
   for (int max_len : {shape.block_size(), 2 * dim - 1}) {
     FreshEncoder fresh(*model, max_len);
-    GrowBeams(*model, max_len, {len, len + 3 * dim}, goal, num_threads,
+    GrowBeams(*model, max_len, {len, len + 3 * dim}, goal, num_threads, first_layer_bytes,
               [&](const Row& row, const std::vector<float>& logits) {
                 CHECK(logits == fresh.Logits(goal, row));
               });
@@ -109,6 +110,18 @@ TEST(IncrementalLogitsEqualFreshOnes) {
     CheckIncremental(SmallShapes()[1], *ops, true, 1);
     CheckIncremental(WithGoal(SmallShapes()[0]), *ops, false, 1);
     CheckIncremental(SmallShapes()[0], *ops, false, 3);
+  }
+}
+
+// However little is kept of the first layer.
+TEST(IncrementalLogitsOfAForgetfulDecoder) {
+  for (bool bf16 : {false, true}) {
+    for (const Shape& shape : {SmallShapes()[1], WithGoal(SmallShapes()[0])}) {
+      const size_t row_bytes = 3 * shape.attn_width() * sizeof(float);
+      for (size_t num_rows : {0, 1, 13}) {
+        CheckIncremental(shape, FindOps("auto"), bf16, 3, num_rows * row_bytes);
+      }
+    }
   }
 }
 

@@ -35,27 +35,28 @@ struct Engine {
   Decoder decoder;
 };
 
-// Nothing shared: every call encodes the window of one sequence. Of the first layer no more is kept
-// than the last window needed.
+// Nothing kept, nothing shared: every call encodes the window of one sequence.
 class FreshEncoder {
  public:
   FreshEncoder(const Model& model, int max_len)
-      : engine_(model,
-                {.num_contexts = 1,
-                 .max_rows = 1,
-                 .max_len = max_len,
-                 .max_tokens = max_len,
-                 .max_nodes = model.shape.goal_len + max_len},
-                1, 0) {}
+      : model_(model),
+        limits_{.num_contexts = 1,
+                .max_rows = 1,
+                .max_len = max_len,
+                .max_tokens = max_len,
+                .max_nodes = model.shape.goal_len + max_len} {}
 
-  std::vector<float> Logits(const std::vector<int32_t>& goal, const std::vector<int32_t>& tokens) {
-    engine_.tree.Begin({tokens}, goal);
-    engine_.decoder.Forward(engine_.tree.MakePass());
-    return engine_.Logits(0, 0);
+  std::vector<float> Logits(const std::vector<int32_t>& goal,
+                            const std::vector<int32_t>& tokens) const {
+    Engine engine(model_, limits_, 1);
+    engine.tree.Begin({tokens}, goal);
+    engine.decoder.Forward(engine.tree.MakePass());
+    return engine.Logits(0, 0);
   }
 
  private:
-  Engine engine_;
+  const Model& model_;
+  const TreeLimits limits_;
 };
 
 }  // namespace tt::test

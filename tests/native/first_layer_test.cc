@@ -12,7 +12,8 @@
 namespace tt::test {
 namespace {
 
-using Placed = std::vector<int32_t>;
+using Placed = std::vector<int64_t>;
+using Indices = std::vector<int32_t>;
 
 size_t RowBytes(const Model& model) { return 3 * model.shape.attn_width() * sizeof(float); }
 
@@ -28,7 +29,7 @@ void Fill(FirstLayer& first, const Placed& placed, size_t width) {
 
 TEST(PlacedTokensAreDistinct) {
   const Shape shape = WithGoal(SmallShapes()[0]);
-  std::set<int> seen;
+  std::set<int64_t> seen;
   for (int position = 0; position < shape.block_size(); ++position) {
     for (int token = 0; token < shape.num_ids(); ++token)
       seen.insert(shape.Placed(token, position));
@@ -38,7 +39,7 @@ TEST(PlacedTokensAreDistinct) {
   }
   const int count = shape.block_size() * shape.num_ids() + shape.goal_len * shape.vocab_size;
   CHECK_EQ(static_cast<int>(seen.size()), count);
-  CHECK_EQ(shape.num_placed(), count);
+  CHECK_EQ(shape.num_placed(), int64_t{count});
   CHECK(*seen.begin() == 0 && *seen.rbegin() == count - 1);
 }
 
@@ -46,17 +47,18 @@ TEST(FirstLayerMissesAPlacedTokenOnce) {
   const auto model = MakeModel(SmallShapes()[0], *ScalarOps());
   FirstLayer first(*model, 1 << 20);
   first.Find({5, 7, 5});
-  CHECK(first.missing() == (Placed{0, 1}));
+  CHECK(first.missing() == (Indices{0, 1}));
   CHECK(first[0] == first[2] && first[0] == first.missing_rows());
   first.Find({8, 7, 9, 5});
-  CHECK(first.missing() == (Placed{0, 2}));
+  CHECK(first.missing() == (Indices{0, 2}));
   first.Find({9, 8});
   CHECK(first.missing().empty());
   first.Find({});
   CHECK(first.missing().empty());
 }
 
-// However little room there is, every pass finds its own rows.
+// However little room there is, every pass finds its own rows; room grows to less than twice what
+// one pass needs, equal tokens counted once.
 TEST(FirstLayerForgetsRatherThanGrows) {
   const auto model = MakeModel(SmallShapes()[0], *ScalarOps());
   const size_t width = 3 * model->shape.attn_width();
@@ -65,17 +67,33 @@ TEST(FirstLayerForgetsRatherThanGrows) {
     Random random(num_rows);
     size_t most = num_rows;
     for (int pass = 0; pass < 50; ++pass) {
-      const Placed placed = random.Tokens(1 + pass % 9, model->shape.num_placed());
+      Placed placed;
+      for (int32_t token : random.Tokens(1 + pass % 9, 20)) placed.insert(placed.end(), 3, token);
       first.Find(placed);
       Fill(first, placed, width);
       for (size_t i = 0; i < placed.size(); ++i) {
         CHECK_EQ(first[i][0], float(placed[i]));
         CHECK_EQ(first[i][width - 1], float(placed[i]));
       }
-      most = std::max(most, std::set<int32_t>(placed.begin(), placed.end()).size());
-      CHECK_LE(first.allocated_bytes(), most * RowBytes(*model));
+      most = std::max(most, 2 * std::set<int64_t>(placed.begin(), placed.end()).size());
+      CHECK_LE(first.allocated_bytes(), most * (RowBytes(*model) + 4 * 16));
     }
   }
+}
+
+// Tokens of a vocabulary whose products with positions are past 32 bits.
+TEST(FirstLayerOfManyPlacedTokens) {
+  Shape shape = SmallShapes()[0];
+  shape.vocab_size = 1 << 20;
+  shape.num_transitions = 1100;
+  CHECK(shape.num_placed() > int64_t{1} << 32);
+  const auto model = MakeModel(SmallShapes()[0], *ScalarOps());
+  FirstLayer first(*model, 9 * RowBytes(*model));
+  const Placed placed = {shape.num_placed() - 1, 3, shape.Placed(3, 4096), int64_t{3} << 32};
+  first.Find(placed);
+  CHECK(first.missing() == (Indices{0, 1, 2, 3}));
+  first.Find(placed);
+  CHECK(first.missing().empty());
 }
 
 TEST(DecoderCountsTheFirstLayerOnce) {

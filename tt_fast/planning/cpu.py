@@ -61,7 +61,8 @@ class PlanStats:
     gemm_seconds: float
     attention_seconds: float
     bytes: int
-    """Allocated for keys, values and activations, whether touched or not"""
+    """Allocated for keys, values, activations and what is kept of the first layer, whether touched
+    or not"""
 
     @property
     def rows_computed(self) -> int:
