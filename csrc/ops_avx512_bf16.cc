@@ -12,40 +12,23 @@ namespace {
 // longer than one on AMD's processors. (On Intel's it takes as long as four: there this table is
 // used by name, and as the base of AMX's.)
 
-// As Tile, two rows of w at a time.
+// Rows i and i + 1 of w, as AddPair of simd_ops.h.
 template <int kRows>
-void DotTile(const uint16_t* a, size_t lda, const uint16_t* w, const char* next, const float* bias,
-             int k, float* c, size_t ldc, bool add) {
-  Vec sums[kRows][kTileVecs];
-  UNROLL for (int r = 0; r < kRows; ++r) {
-    UNROLL for (int v = 0; v < kTileVecs; ++v) sums[r][v] = Vec::Load(bias + v * kWidth);
+inline void AddPair(const uint16_t* a, size_t lda, const uint16_t* w, int i,
+                    Vec (&sums)[kRows][kTileVecs]) {
+  __m512bh column[kTileVecs];
+  UNROLL for (int v = 0; v < kTileVecs; ++v) {
+    column[v] = (__m512bh)_mm512_loadu_si512(w + i * kPanel + v * 2 * kWidth);
   }
-  for (int i = 0; i < k; i += 2) {
-    __builtin_prefetch(next + i * kLine / 2, 0, 2);
-    __m512bh column[kTileVecs];
+  UNROLL for (int r = 0; r < kRows; ++r) {
+    int32_t pair;
+    __builtin_memcpy(&pair, a + r * lda + i, sizeof(pair));
+    const __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
     UNROLL for (int v = 0; v < kTileVecs; ++v) {
-      column[v] = (__m512bh)_mm512_loadu_si512(w + i * kPanel + v * 2 * kWidth);
+      sums[r][v] = Vec(_mm512_dpbf16_ps(sums[r][v].v, x, column[v]));
     }
-    UNROLL for (int r = 0; r < kRows; ++r) {
-      int32_t pair;
-      __builtin_memcpy(&pair, a + r * lda + i, sizeof(pair));
-      const __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
-      UNROLL for (int v = 0; v < kTileVecs; ++v) {
-        sums[r][v] = Vec(_mm512_dpbf16_ps(sums[r][v].v, x, column[v]));
-      }
-    }
-  }
-  UNROLL for (int r = 0; r < kRows; ++r) {
-    UNROLL for (int v = 0; v < kTileVecs; ++v) StoreSum(sums[r][v], c + r * ldc + v * kWidth, add);
   }
 }
-
-template <int kCount, int... kRows>
-struct DotTiles : DotTiles<kCount - 1, kCount - 1, kRows...> {};  // kOf[n - 1]: n rows
-template <int... kRows>
-struct DotTiles<0, kRows...> {
-  static constexpr TileFn<uint16_t, uint16_t> kOf[] = {DotTile<kRows + 1>...};
-};
 
 void DotGemm(const MatrixView& w, int num_cols, const float* a, size_t lda, int rows, float* c,
              size_t ldc, bool add, void* scratch) {
@@ -53,7 +36,7 @@ void DotGemm(const MatrixView& w, int num_cols, const float* a, size_t lda, int 
   const size_t k = w.k;
   uint16_t* rounded = static_cast<uint16_t*>(scratch);
   for (int r = 0; r < rows; ++r) RoundNumbers(a + r * lda, k, rounded + r * k);
-  TileLoop<uint16_t>(DotTiles<kTileRows>::kOf, w, num_cols, rounded, k, rows, c, ldc, add);
+  TileLoop<uint16_t>(w, num_cols, static_cast<const uint16_t*>(rounded), k, rows, c, ldc, add);
 }
 
 // As many independent sums as a tile has, no memory.

@@ -154,10 +154,18 @@ inline void AddProducts(const float* a, size_t lda, const Weight* w, int i,
   }
 }
 
-// A tile of c: kRows rows times one panel. Its sums stay in registers over all of k. A line of
-// `next` is asked for in every step.
+// Rows i and i + 1 of w.
 template <int kRows, typename Weight>
-void Tile(const float* a, size_t lda, const Weight* w, const char* next, const float* bias, int k,
+inline void AddPair(const float* a, size_t lda, const Weight* w, int i,
+                    Vec (&sums)[kRows][kTileVecs]) {
+  AddProducts<0>(a, lda, w, i, sums);
+  AddProducts<1>(a, lda, w, i, sums);
+}
+
+// A tile of c: kRows rows times one panel. Its sums stay in registers over all of k. A line of
+// `next` is asked for in every step. For other types of numbers there may be another AddPair.
+template <int kRows, typename Number, typename Weight>
+void Tile(const Number* a, size_t lda, const Weight* w, const char* next, const float* bias, int k,
           float* c, size_t ldc, bool add) {
   Vec sums[kRows][kTileVecs];
   UNROLL for (int r = 0; r < kRows; ++r) {
@@ -165,8 +173,7 @@ void Tile(const float* a, size_t lda, const Weight* w, const char* next, const f
   }
   for (int i = 0; i < k; i += 2) {
     __builtin_prefetch(next + i * kLine / 2, 0, 2);
-    AddProducts<0>(a, lda, w, i, sums);
-    AddProducts<1>(a, lda, w, i, sums);
+    AddPair(a, lda, w, i, sums);
   }
   UNROLL for (int r = 0; r < kRows; ++r) {
     UNROLL for (int v = 0; v < kTileVecs; ++v) StoreSum(sums[r][v], c + r * ldc + v * kWidth, add);
@@ -177,40 +184,40 @@ template <typename Number, typename Weight>
 using TileFn = void (*)(const Number*, size_t, const Weight*, const char*, const float*, int,
                         float*, size_t, bool);
 
-template <typename Weight, int kCount, int... kRows>
-struct Tiles : Tiles<Weight, kCount - 1, kCount - 1, kRows...> {};  // kOf[n - 1]: n rows
-template <typename Weight, int... kRows>
-struct Tiles<Weight, 0, kRows...> {
-  static constexpr TileFn<float, Weight> kOf[] = {Tile<kRows + 1, Weight>...};
+template <typename Number, typename Weight, int kCount, int... kRows>
+struct Tiles : Tiles<Number, Weight, kCount - 1, kCount - 1, kRows...> {};  // kOf[n - 1]: n rows
+template <typename Number, typename Weight, int... kRows>
+struct Tiles<Number, Weight, 0, kRows...> {
+  static constexpr TileFn<Number, Weight> kOf[] = {Tile<kRows + 1, Number, Weight>...};
 };
 
 // Tiles of equal height, give or take a row: a short last tile would run below the peak.
 // A panel of w stays in the first cache while the rows pass by it; meanwhile the next one comes
 // from the third, where the weights of a whole model are.
-template <typename Number, typename Weight>
-inline void TileLoop(const TileFn<Number, Weight>* tiles, const MatrixView& w, int num_cols,
-                     const Number* a, size_t lda, int rows, float* c, size_t ldc, bool add) {
+template <typename Weight, typename Number>
+inline void TileLoop(const MatrixView& w, int num_cols, const Number* a, size_t lda, int rows,
+                     float* c, size_t ldc, bool add) {
   const int num_tiles = (rows + kTileRows - 1) / kTileRows;
-  const size_t panel_size = static_cast<size_t>(w.k) * kPanel;
+  const size_t panel_bytes = static_cast<size_t>(w.k) * kPanel * sizeof(Weight);
   const size_t tile_bytes = static_cast<size_t>(w.k) / 2 * kLine;  // that a tile asks for
   for (int col = 0; col < num_cols; col += kPanel) {
     const Weight* panel = static_cast<const Weight*>(w.data) + static_cast<size_t>(col) * w.k;
-    const bool last = col + kPanel >= num_cols;
+    const char* lines = reinterpret_cast<const char*>(panel);
+    // one tile alone would only be slowed down; lines that are here already cost next to nothing
+    const bool has_next = num_tiles > 1 && col + kPanel < num_cols;
     for (int t = 0; t < num_tiles; ++t) {
       const int begin = rows * t / num_tiles, end = rows * (t + 1) / num_tiles;
-      // one tile alone would only be slowed down; lines that are here already cost next to nothing
-      const bool asks =
-          num_tiles > 1 && !last && (t + 1) * tile_bytes <= panel_size * sizeof(Weight);
-      const char* lines = reinterpret_cast<const char*>(asks ? panel + panel_size : panel);
-      tiles[end - begin - 1](a + begin * lda, lda, panel, asks ? lines + t * tile_bytes : lines,
-                             w.bias + col, w.k, c + begin * ldc + col, ldc, add);
+      const bool asks = has_next && (t + 1) * tile_bytes <= panel_bytes;
+      Tiles<Number, Weight, kTileRows>::kOf[end - begin - 1](
+          a + begin * lda, lda, panel, asks ? lines + panel_bytes + t * tile_bytes : lines,
+          w.bias + col, w.k, c + begin * ldc + col, ldc, add);
     }
   }
 }
 
 inline void FloatGemm(const MatrixView& w, int num_cols, const float* a, size_t lda, int rows,
                       float* c, size_t ldc, bool add) {
-  TileLoop(Tiles<float, kTileRows>::kOf, w, num_cols, a, lda, rows, c, ldc, add);
+  TileLoop<float>(w, num_cols, a, lda, rows, c, ldc, add);
 }
 
 // Weights in bfloat16 become float32 as they are loaded, so that only their memory is saved.
@@ -224,7 +231,7 @@ inline void Gemm(const MatrixView& w, int num_cols, const float* a, size_t lda, 
       RoundToBf16(Vec::Load(a + r * lda + i)).Store(rounded + r * k + i);
     }
   }
-  TileLoop<float>(Tiles<uint16_t, kTileRows>::kOf, w, num_cols, rounded, k, rows, c, ldc, add);
+  TileLoop<uint16_t>(w, num_cols, rounded, k, rows, c, ldc, add);
 }
 
 // ---- the machine's peak ----
