@@ -143,7 +143,7 @@ class TrainConfig:
     """torch device; "auto" takes cuda, then mps, then cpu."""
     precision: Precision = "float32"
     """Arithmetic of forward and backward; weights stay float32. On a processor bfloat16 is faster
-    with AMX, and on AMD's since Zen 4; elsewhere it may be slower."""
+    with AMX or AMD's AVX-512; elsewhere it may be slower."""
     ema_decay: float | None = None
     """Checkpoints hold the average of the weights over steps, an old one's part shrinking by this
     factor a step; None: the weights themselves."""
@@ -241,7 +241,7 @@ class PlanConfig:
     """"crop" drops whole transitions from the left, as the original; "grow" never drops one."""
     dtype: Precision = "float32"
     """Arithmetic of the model. float32 is exact; bfloat16 halves the memory of keys and values, and
-    is faster on a GPU, with AMX, and on AMD's processors since Zen 4."""
+    on a processor is faster with AMX or AMD's AVX-512."""
 
     def __post_init__(self) -> None:
         for name in ("horizon", "beam_width", "n_expand"):
