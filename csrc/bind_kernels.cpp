@@ -11,6 +11,7 @@
 #include "isa.h"
 #include "model.h"
 #include "ops.h"
+#include "python_lock.h"
 #include "thread_pool.h"
 
 namespace tt {
@@ -182,7 +183,7 @@ double PeakGflops(const std::string& dtype, int num_threads, double seconds,
   const bool bf16 = IsBf16(dtype);
   ThreadPool pool(InRange("num_threads", num_threads, 1, 1024));
   InRange("seconds", seconds, 0.0, 60.0);
-  const py::gil_scoped_release no_gil;  // nothing of Python is touched
+  const WithoutLock without_lock;  // nothing of Python is touched
   using Clock = std::chrono::steady_clock;
   const auto since = [](Clock::time_point begin) {
     return std::chrono::duration<double>(Clock::now() - begin).count();

@@ -9,6 +9,7 @@
 #include "aligned_buffer.h"
 #include "binding_checks.h"
 #include "isa.h"
+#include "python_lock.h"
 #include "train_attention.h"
 
 namespace tt {
@@ -83,7 +84,7 @@ std::pair<py::array, Floats> Forward(const py::array& qkv, const py::array& hidd
   call.args.stats = stats.mutable_data();
   const uint8_t* mask = static_cast<const uint8_t*>(hidden.data());
   {
-    const py::gil_scoped_release no_gil;  // passes run side by side, each on its own thread
+    const WithoutLock without_lock;  // passes run side by side, each on its own thread
     TrainAttention(ops, call.args, mask).Forward();
   }
   return {std::move(out), std::move(stats)};
@@ -102,7 +103,7 @@ py::array Backward(const py::array& qkv, const py::array& hidden,
   call.args.qkv_grad = qkv_grad.mutable_data();
   const uint8_t* mask = static_cast<const uint8_t*>(hidden.data());
   {
-    const py::gil_scoped_release no_gil;  // as above
+    const WithoutLock without_lock;  // as above
     TrainAttention(ops, call.args, mask).Backward();
   }
   return qkv_grad;
@@ -124,7 +125,7 @@ py::array Gelu(const py::array& x, const std::optional<py::array>& out_grad,
   args.out_grad = out_grad ? out_grad->data() : nullptr;
   args.out = out.mutable_data();
   {
-    const py::gil_scoped_release no_gil;  // as above
+    const WithoutLock without_lock;  // as above
     ops.train_gelu(args);
   }
   return out;
@@ -181,7 +182,7 @@ std::tuple<Floats, py::array, Floats> Norm(const py::array& x, const py::array& 
   call.args.stats = stats.mutable_data();
   call.args.normed = normed.mutable_data();
   {
-    const py::gil_scoped_release no_gil;  // as above
+    const WithoutLock without_lock;  // as above
     ops.train_norm(call.args);
   }
   return {std::move(sum), std::move(normed), std::move(stats)};
@@ -210,7 +211,7 @@ std::tuple<Floats, py::array, Floats, Floats> NormGrad(const py::array& sum, con
   call.args.beta_grad = beta_grad.mutable_data();
   call.args.scratch = scratch.data();
   {
-    const py::gil_scoped_release no_gil;  // as above
+    const WithoutLock without_lock;  // as above
     ops.train_norm_grad(call.args);
   }
   return {std::move(x_grad), std::move(y_grad), std::move(gamma_grad), std::move(beta_grad)};
@@ -232,7 +233,7 @@ py::array DrawMask(py::array state, uint64_t first_step, int first_kept, py::ssi
   args.first_kept = static_cast<int16_t>(InRange("first_kept", first_kept, -32768, 32767));
   args.keep = keep.mutable_data();
   {
-    const py::gil_scoped_release no_gil;  // as above
+    const WithoutLock without_lock;  // as above
     ops.draw_keep(args);
   }
   return keep;

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -16,6 +17,7 @@
 #include "binding_checks.h"
 #include "isa.h"
 #include "model.h"
+#include "python_lock.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -126,7 +128,7 @@ std::shared_ptr<Model> MakeModel(int observation_dim, int action_dim, int vocab_
 
 // ---- plans ----
 
-// A BeamSearch for Python: one call at a time, others wait without the GIL.
+// A BeamSearch for Python: one call at a time, others wait without the interpreter's lock.
 class PyBeamSearch {
  public:
   PyBeamSearch(std::shared_ptr<const Model> model, const py::array& hidden, int num_threads)
@@ -178,15 +180,15 @@ class PyBeamSearch {
   int num_threads() const { return search_->num_threads(); }
 
  private:
-  // The right to use search_. The GIL is released while waiting and working: a plan takes long and
-  // touches no Python object.
+  // The right to use search_. The interpreter's lock is free while waiting and working: a plan
+  // takes long and touches no Python object.
   class Turn {
    public:
     explicit Turn(PyBeamSearch& owner) : owner_(owner) {
       if (owner.user_.load() == std::this_thread::get_id()) {
         throw std::runtime_error("plan: called from its own value_fn");
       }
-      no_gil_ = std::make_unique<py::gil_scoped_release>();
+      without_lock_.emplace();
       owner.mutex_.lock();
       owner.user_.store(std::this_thread::get_id());
     }
@@ -197,7 +199,7 @@ class PyBeamSearch {
 
    private:
     PyBeamSearch& owner_;
-    std::unique_ptr<py::gil_scoped_release> no_gil_;
+    std::optional<WithoutLock> without_lock_;
   };
 
   PlanSettings ReadSizes(int horizon, int beam_width, int n_expand, int max_len) const;
@@ -218,31 +220,39 @@ class PyBeamSearch {
 
 // Lets Ctrl-C end a plan.
 void CheckSignals() {
-  const py::gil_scoped_acquire gil;
-  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+  WithLock([] {
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+  });
+}
+
+// One call of a value function.
+void CallValueFunction(const py::object& value_fn, const Floats& probs, float* rewards,
+                       float* values) {
+  const py::ssize_t num_rows = probs.shape(0);
+  const py::object result = value_fn(probs);
+  const std::string expected = "a pair of arrays of shape (" + Text(num_rows) + ",)";
+  if (!py::isinstance<py::sequence>(result) || py::len(result) != 2) {
+    Refuse("value_fn", expected, py::str(py::type::of(result)).cast<std::string>());
+  }
+  const py::sequence pair(result);
+  float* const outs[] = {rewards, values};
+  for (int i = 0; i < 2; ++i) {
+    const py::object item = pair[i];
+    const py::array_t<float, py::array::c_style | py::array::forcecast> numbers(item);
+    if (numbers.ndim() != 1 || numbers.size() != num_rows) {
+      Refuse("value_fn", expected, "shape " + ShapeText(numbers));
+    }
+    RequireFinite("value_fn", numbers.data(), num_rows);
+    std::copy_n(numbers.data(), num_rows, outs[i]);
+  }
 }
 
 // Any callable of (num_rows, 2, num_ids) float32 that returns two arrays of (num_rows).
 ValueFunction WrapValueFunction(const py::object& value_fn, int num_ids) {
   return [value_fn, num_ids](const float* probs, int num_rows, float* rewards, float* values) {
-    const py::gil_scoped_acquire gil;
-    const Floats array({num_rows, 2, num_ids}, probs);
-    const py::object result = value_fn(array);
-    const std::string expected = "a pair of arrays of shape (" + Text(num_rows) + ",)";
-    if (!py::isinstance<py::sequence>(result) || py::len(result) != 2) {
-      Refuse("value_fn", expected, py::str(py::type::of(result)).cast<std::string>());
-    }
-    const py::sequence pair(result);
-    float* const outs[] = {rewards, values};
-    for (int i = 0; i < 2; ++i) {
-      const py::object item = pair[i];
-      const py::array_t<float, py::array::c_style | py::array::forcecast> numbers(item);
-      if (numbers.ndim() != 1 || numbers.size() != num_rows) {
-        Refuse("value_fn", expected, "shape " + ShapeText(numbers));
-      }
-      RequireFinite("value_fn", numbers.data(), num_rows);
-      std::copy_n(numbers.data(), num_rows, outs[i]);
-    }
+    WithLock([&] {
+      CallValueFunction(value_fn, Floats({num_rows, 2, num_ids}, probs), rewards, values);
+    });
   };
 }
 

@@ -507,6 +507,35 @@ def test_ctrl_c_ends_a_plan() -> None:
     timer.join()
 
 
+ENDS_WHILE_A_THREAD_PLANS = """
+import threading, time
+from test_cpu import CONFIG, DRAWS, context, replace, tiny_backend
+
+def value_fn(probs):
+    return sum(probs[:, 0].T), sum(probs[:, 1].T)
+
+backend, config = tiny_backend(num_threads=2), replace(CONFIG, horizon=100_000, beam_width=32)
+options = dict(value_fn=value_fn) if {with_value_fn} else {{}}
+plan = threading.Thread(
+    target=backend.plan, args=([context()], config, DRAWS), kwargs=options, daemon=True
+)
+plan.start()
+time.sleep(0.3)
+assert plan.is_alive()
+"""
+
+
+@pytest.mark.parametrize("with_value_fn", [False, True])
+def test_the_interpreter_ends_while_a_daemon_thread_plans(with_value_fn: bool) -> None:
+    """That thread asks for the interpreter's lock at every step, and gets it no more."""
+    for _ in range(3):
+        done = subprocess.run(
+            [sys.executable, "-c", ENDS_WHILE_A_THREAD_PLANS.format(with_value_fn=with_value_fn)],
+            cwd=Path(__file__).parent, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert (done.returncode, done.stderr) == (0, "")
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 
