@@ -97,6 +97,13 @@ def test_wrong_option_names_the_nearest(capsys):
     assert "Perhaps you meant: --horizon" in shown
 
 
+def test_home_after_an_equals_sign(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/jane")
+    assert parse(["demo", "--output-dir=~/x=~/y"]).output_dir == Path("/home/jane/x=~/y")
+    assert parse(["demo", "--output-dir=~jane"]).output_dir == Path("~jane")  # a folder's name
+    assert parse(["demo", "--output-dir", "~/x"]).output_dir == Path("~/x")  # quoted in a shell
+
+
 def test_wrong_command_lists_them(capsys):
     shown = usage_error(capsys, "evaluat", "x")
     assert "Available subcommands: data, train, plan, evaluate, convert, demo" in shown

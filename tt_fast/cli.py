@@ -90,9 +90,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str]) -> Command:
     """The subcommand of a command line; exits with 2 and says why if there is none."""
-    args = _expand_preset(argv)
+    args = _expand_preset([_expand_home(arg) for arg in argv])
     parsed = tyro.cli(CommandLine, prog="tt-fast", args=args, config=_OPTIONS).command
     return parsed.command if isinstance(parsed, Data) else parsed
+
+
+def _expand_home(arg: str) -> str:
+    """--output-dir=~/runs, as the shell has it of `--output-dir ~/runs` but not after an `=`."""
+    option, equals, value = arg.partition("=")
+    return f"{option}={Path(value).expanduser()}" if equals and value.startswith("~/") else arg
 
 
 def _expand_preset(argv: Sequence[str]) -> list[str]:
