@@ -222,16 +222,28 @@ void BeamSearch::DrawTokens(Wave& wave, const Truncation& truncation, Estimate e
   const int num_slots = tree_.num_slots();
   const int num_tasks = std::min(num_slots, 4 * pool_.num_threads());
   pool_.Run(num_tasks, [&](int task, int thread) {
-    for (int slot = num_slots * task / num_tasks; slot < num_slots * (task + 1) / num_tasks;
-         ++slot) {
+    const auto split = [&](int i) {
+      return static_cast<int>(static_cast<int64_t>(num_slots) * i / num_tasks);
+    };
+    for (int slot = split(task); slot < split(task + 1); ++slot) {
       DrawSlot(wave, slot, truncation, estimate, samplers_[thread]);
     }
   });
+  CheckLogits();
   if (!wave.request.trace) return;
   for (int c = 0; c < wave.count; ++c) {
     const auto begin = drawn_.begin() + c * tree_.num_rows();
     wave.results[c].drawn.emplace_back(begin, begin + tree_.num_rows());
   }
+}
+
+// Throws if a sampler met logits that are not finite, as torch.multinomial does in the original.
+void BeamSearch::CheckLogits() {
+  bool replaced = false;
+  for (Sampler& sampler : samplers_) replaced |= sampler.TakeReplaced();
+  if (!replaced) return;
+  throw std::invalid_argument(
+      "model: expected finite logits, after division by the temperature, got infinite ones or NaN");
 }
 
 void BeamSearch::DrawSlot(Wave& wave, int slot, const Truncation& truncation, Estimate estimate,
@@ -367,6 +379,7 @@ SearchResult BeamSearch::Search(const SearchRequest& request) {
     for (int row = 0; row < tree_.num_rows(); ++row) {
       Sampler& sampler = samplers_[0];
       sampler.Load(decoder_.logits(tree_.slot(0, row)), request.temperature);
+      CheckLogits();
       sampler.Truncate(request.truncation);
       sampler.LogProbs(log_probs.data());
       for (int id = 0; id < num_ids; ++id) {
@@ -431,7 +444,7 @@ TreeLimits BeamSearch::SearchLimits(int beam_width, int num_tokens) const {
   const Shape& shape = model_->shape;
   const int64_t window = shape.block_size() + shape.transition_dim();
   const int64_t nodes = shape.goal_len + window * (int64_t{beam_width} + 1);
-  CheckFits(nodes, beam_width, window + num_tokens);
+  CheckFits(nodes, beam_width, std::max<int64_t>(window + num_tokens, shape.num_ids()));
   return {.num_contexts = 1,
           .max_rows = beam_width,
           .max_len = shape.block_size(),
@@ -461,9 +474,12 @@ int BeamSearch::WaveSize(const PlanSettings& settings) const {
 void BeamSearch::Reserve(const TreeLimits& limits) {
   const double nodes = double(limits.num_contexts) * limits.max_nodes;
   const double rows = double(limits.num_contexts) * limits.max_rows;
-  // tokens and paths are held twice
-  const double bytes = nodes * NodeBytes() +
-                       2.0 * sizeof(int32_t) * rows * (limits.max_tokens + double(limits.max_len));
+  // at most all nodes are in one pass; tokens and paths are held twice
+  const Shape& shape = model_->shape;
+  const double bytes =
+      nodes * (NodeBytes() + sizeof(float) * (shape.width() + shape.attn_width())) +
+      sizeof(float) * rows * shape.logits_width() +
+      2.0 * sizeof(int32_t) * rows * (limits.max_tokens + double(limits.max_len));
   if (bytes > PhysicalBytes()) {
     throw std::length_error("beam_width: expected a search that fits in memory, got " +
                             std::to_string(limits.max_rows) + " rows, which may need " +

@@ -131,6 +131,7 @@ class BeamSearch {
   bool RunStep(Wave& wave, int step);
   bool SampleTokens(Wave& wave, int step, int count, const Truncation& truncation, bool estimate);
   void DrawTokens(Wave& wave, const Truncation& truncation, Estimate estimate);
+  void CheckLogits();
   void DrawSlot(Wave& wave, int slot, const Truncation& truncation, Estimate estimate,
                 Sampler& sampler);
   double Uniform(const Wave& wave, int context, int row) const;

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <memory>
 #include <mutex>
@@ -86,7 +87,7 @@ Truncation MakeTruncation(const char* name, std::optional<int> top_k, std::optio
 
 float RequireTemperature(double temperature) {
   const float value = static_cast<float>(temperature);
-  if (!(value > 0.0f) || !std::isfinite(value)) {
+  if (!std::isnormal(value) || value < 0.0f) {  // logits over less would overflow
     Refuse("temperature", "a positive number", Text(temperature));
   }
   return value;
@@ -208,7 +209,7 @@ class PyBeamSearch {
   std::vector<std::vector<int32_t>> ReadContexts(const py::sequence& contexts) const;
   std::optional<Doubles> ReadUniforms(const py::object& uniforms, size_t num_contexts,
                                       const PlanSettings& settings) const;
-  py::list RunPlan(const PlanSettings& settings, const PlanRequest& request);
+  py::list RunPlan(const PlanSettings& settings, PlanRequest& request);
   std::vector<int32_t> RequireContext(const py::array& context) const;
   std::vector<int32_t> RequireGoal(const py::object& goal) const;
 
@@ -229,7 +230,7 @@ void CheckSignals() {
 void CallValueFunction(const py::object& value_fn, const Floats& probs, float* rewards,
                        float* values) {
   const py::ssize_t num_rows = probs.shape(0);
-  const py::object result = value_fn(probs);
+  const py::object result = CallOrSleep(value_fn, probs);
   const std::string expected = "a pair of arrays of shape (" + Text(num_rows) + ",)";
   if (!py::isinstance<py::sequence>(result) || py::len(result) != 2) {
     Refuse("value_fn", expected, py::str(py::type::of(result)).cast<std::string>());
@@ -393,10 +394,15 @@ std::optional<Doubles> PyBeamSearch::ReadUniforms(const py::object& uniforms, si
   return given;
 }
 
-py::list PyBeamSearch::RunPlan(const PlanSettings& settings, const PlanRequest& request) {
+py::list PyBeamSearch::RunPlan(const PlanSettings& settings, PlanRequest& request) {
   std::vector<PlanResult> results;
+  const auto asked = std::chrono::steady_clock::now();
   {
     const Turn turn(*this);
+    if (request.deadline_seconds) {  // it does not wait for our turn
+      const std::chrono::duration<double> waited = std::chrono::steady_clock::now() - asked;
+      *request.deadline_seconds -= waited.count();
+    }
     results = search_->Plan(settings, request);
   }
   py::list out;

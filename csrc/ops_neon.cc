@@ -1,5 +1,5 @@
 // NEON, which every 64-bit Arm has.
-#ifdef __ARM_NEON
+#ifdef __aarch64__
 #include <arm_neon.h>
 #include <stdint.h>
 

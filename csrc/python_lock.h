@@ -54,6 +54,20 @@ void WithLock(F&& f) {
   PyEval_SaveThread();
 }
 
+// A call with the lock, inside of WithLock. Here, too, the stack may unwind, and no object of
+// Python between this and the interpreter may lose a reference then.
+inline pybind11::object CallOrSleep(const pybind11::object& function,
+                                    const pybind11::object& argument) {
+  PyObject* result = nullptr;
+  try {
+    result = PyObject_CallOneArg(function.ptr(), argument.ptr());
+  } catch (...) {
+    SleepForever();
+  }
+  if (result == nullptr) throw pybind11::error_already_set();
+  return pybind11::reinterpret_steal<pybind11::object>(result);
+}
+
 }  // namespace tt
 
 #endif  // TT_PYTHON_LOCK_H_

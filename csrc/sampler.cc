@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
+#include <functional>
 #include <limits>
 #include <numeric>
 
@@ -24,7 +25,9 @@ Sampler::Sampler(const Ops& ops, int num_ids) : ops_(ops), num_ids_(num_ids), cu
 void Sampler::Load(const float* logits, float temperature) {
   for (int i = 0; i < num_ids_; ++i) {
     const float x = logits[i] / temperature;
-    logits_[i] = x == x ? x : kRemoved;  // no comparison below may see a NaN
+    const bool is_finite = std::abs(x) <= std::numeric_limits<float>::max();
+    logits_[i] = is_finite ? x : kRemoved;
+    replaced_ |= !is_finite;
   }
   has_raw_ = false;
 }

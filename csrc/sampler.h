@@ -3,6 +3,7 @@
 #define TT_SAMPLER_H_
 
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "aligned_buffer.h"
@@ -21,8 +22,11 @@ class Sampler {
  public:
   Sampler(const Ops& ops, int num_ids);
 
-  // Logits (num_ids) divided by a temperature; everything below is of these.
+  // Logits (num_ids) divided by a temperature; everything below is of these. Those that are not
+  // finite are replaced: no comparison meets a NaN, and no probability is one.
   void Load(const float* logits, float temperature);
+  // Whether some were replaced since the last call.
+  bool TakeReplaced() { return std::exchange(replaced_, false); }
   // (num_ids) probabilities before any filter, valid until the next Load.
   const float* RawProbs();
   // Filters; after it Draw may be called as often as wanted.
@@ -43,6 +47,7 @@ class Sampler {
   std::vector<double> cumulative_;
   int only_ = -1;  // the one token left by top_k = 1
   bool has_raw_ = false;
+  bool replaced_ = false;
 };
 
 // Expected value or percentile of a distribution over the bins of one dimension.

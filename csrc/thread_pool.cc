@@ -51,8 +51,8 @@ ThreadPool::ThreadPool(int num_threads) : owner_(getpid()) {
 }
 
 ThreadPool::~ThreadPool() {
-  if (getpid() != owner_) {  // these threads stayed in the parent
-    for (std::thread& worker : workers_) worker.detach();
+  if (getpid() != owner_) {  // these threads stayed in the parent, their names may be others' here
+    new std::vector<std::thread>(std::move(workers_));  // nobody may join, detach or destroy them
     return;
   }
   Stop();

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from tiny import ACTION_DIM, NUM_BINS, OBSERVATION_DIM, tiny_discretizer, tiny_model
 
-from tt_fast import PlanConfig, beam_plan
+from tt_fast import PlanConfig, TrajectoryTransformer, beam_plan
 from tt_fast.planning import BeamPlan, cpu, make_backend
 from tt_fast.planning.base import Draws
 from tt_fast.planning.cpu import CpuBackend, available_isas
@@ -259,17 +260,57 @@ def test_two_python_threads_share_a_backend() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 def test_a_forked_child_can_plan() -> None:
-    """It has none of its parent's threads."""
-    backend = tiny_backend(num_threads=2)
+    """It has none of its parent's threads, drops what it got of them, and has threads itself."""
+    backend, other = tiny_backend(num_threads=4), tiny_backend(num_threads=4)
     want = backend.plan([context()], CONFIG, DRAWS)
+    other.plan([context()], CONFIG, DRAWS)
+
+    def plans_the_same() -> bool:
+        own = tiny_backend(num_threads=4)
+        plans = [b.plan([context()], CONFIG, DRAWS) for b in (own, backend)]
+        other._searches.clear()
+        plans += [b.plan([context()], CONFIG, DRAWS) for b in (own, other)]
+        return all(np.array_equal(plan.tokens, want.tokens) for plan in plans)
+
+    assert exit_code_of_child(plans_the_same) == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_a_child_forked_in_the_middle_of_a_plan_can_plan() -> None:
+    backend = tiny_backend(num_threads=2)
+    started, forked = threading.Event(), threading.Event()
+
+    def value_fn(probs: NDArray[np.float32]) -> tuple[Any, Any]:
+        started.set()
+        forked.wait()
+        return mean_values(probs)
+
+    def plans() -> bool:
+        return backend.stats().rows_asked == 0 and len(
+            backend.plan([context()], CONFIG, DRAWS).tokens
+        )
+
+    thread = threading.Thread(
+        target=backend.plan, args=([context()], CONFIG, DRAWS), kwargs={"value_fn": value_fn}
+    )
+    thread.start()
+    started.wait()
+    code = exit_code_of_child(plans)
+    forked.set()
+    thread.join()
+    assert code == 0
+
+
+def exit_code_of_child(works: Callable[[], bool]) -> int:
+    """0 if it works in a forked child; that one is ended after 20 seconds."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Python warns of any fork beside threads
         child = os.fork()
     if child == 0:
-        same = np.array_equal(backend.plan([context()], CONFIG, DRAWS).tokens, want.tokens)
-        os._exit(0 if same else 1)
+        signal.alarm(20)
+        os._exit(0 if works() else 1)
     _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) == 0
+    return os.waitstatus_to_exitcode(status)
 
 
 # --- the model's weights --------------------------------------------------------------------------
@@ -362,14 +403,30 @@ def test_weights_that_are_no_numbers_are_refused() -> None:
         backend.plan([context()], CONFIG, DRAWS)
 
 
-def test_weights_that_overflow_do_no_harm() -> None:
-    model = tiny_model()
+def head_times(factor: float) -> TrajectoryTransformer:
+    """A model of more ids than the sampler sorts at once, its head's weights multiplied."""
+    model = tiny_model(vocab_size=20)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(1e30)
-    plan = CpuBackend(model, tiny_discretizer()).plan([context()], CONFIG, DRAWS)
-    assert plan.tokens.min() >= 0
-    assert plan.tokens.max() <= NUM_BINS
+        model.head.weight.mul_(factor / model.head.weight.abs().max())
+    return model
+
+
+@pytest.mark.parametrize("cdf", [None, 0.6])
+@pytest.mark.parametrize("backend", ["reference", "torch", "cpu"])
+def test_logits_that_overflow_are_refused(backend: str, cdf: float | None) -> None:
+    """The weights are finite; plans and searches end, and the next ones are as ever."""
+    discretizer, config = tiny_discretizer(num_bins=20), replace(CONFIG, cdf_act=cdf)
+    wild = make_backend(backend, head_times(3.2e38), discretizer)
+    with pytest.raises(ValueError, match="model: expected finite logits"):
+        wild.plan([context()], config, DRAWS)
+    options: Any = {"beam_width": 2, "goal": None, "top_k": None, "cdf": cdf, "temperature": 1.0}
+    with pytest.raises(ValueError, match="model: expected finite logits"):
+        wild.search(context(), 3, **options)
+    with torch.no_grad():
+        wild.model.head.weight.mul_(1e-37)
+    tamed = make_backend(backend, copy.deepcopy(wild.model), discretizer)
+    want = tamed.plan([context()], config, DRAWS)
+    assert_same_plan(wild.plan([context()], config, DRAWS), want)
 
 
 # --- a value function of the caller's -------------------------------------------------------------
@@ -511,11 +568,15 @@ ENDS_WHILE_A_THREAD_PLANS = """
 import threading, time
 from test_cpu import CONFIG, DRAWS, context, replace, tiny_backend
 
-def value_fn(probs):
+def busy(probs):
     return sum(probs[:, 0].T), sum(probs[:, 1].T)
 
+def asleep(probs):
+    time.sleep(0.02)
+    return probs[:, 0].sum(axis=1), probs[:, 1].sum(axis=1)
+
 backend, config = tiny_backend(num_threads=2), replace(CONFIG, horizon=100_000, beam_width=32)
-options = dict(value_fn=value_fn) if {with_value_fn} else {{}}
+options = dict(value_fn={value_fn})
 plan = threading.Thread(
     target=backend.plan, args=([context()], config, DRAWS), kwargs=options, daemon=True
 )
@@ -525,12 +586,12 @@ assert plan.is_alive()
 """
 
 
-@pytest.mark.parametrize("with_value_fn", [False, True])
-def test_the_interpreter_ends_while_a_daemon_thread_plans(with_value_fn: bool) -> None:
+@pytest.mark.parametrize("value_fn", ["None", "busy", "asleep"])
+def test_the_interpreter_ends_while_a_daemon_thread_plans(value_fn: str) -> None:
     """That thread asks for the interpreter's lock at every step, and gets it no more."""
     for _ in range(3):
         done = subprocess.run(
-            [sys.executable, "-c", ENDS_WHILE_A_THREAD_PLANS.format(with_value_fn=with_value_fn)],
+            [sys.executable, "-c", ENDS_WHILE_A_THREAD_PLANS.format(value_fn=value_fn)],
             cwd=Path(__file__).parent, capture_output=True, text=True, timeout=60,
         )  # fmt: skip
         assert (done.returncode, done.stderr) == (0, "")

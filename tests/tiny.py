@@ -60,9 +60,9 @@ def tiny_model(seed: int = 0, **changes: Any) -> TrajectoryTransformer:
     return model.eval()
 
 
-def tiny_discretizer(seed: int = 0) -> Discretizer:
+def tiny_discretizer(seed: int = 0, num_bins: int = NUM_BINS) -> Discretizer:
     rng = np.random.default_rng(seed)
-    return Discretizer.fit(rng.normal(size=(500, OBSERVATION_DIM + ACTION_DIM + 2)), NUM_BINS)
+    return Discretizer.fit(rng.normal(size=(500, OBSERVATION_DIM + ACTION_DIM + 2)), num_bins)
 
 
 def tiny_checkpoint(seed: int = 0, **changes: Any) -> Checkpoint:

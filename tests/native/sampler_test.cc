@@ -206,14 +206,17 @@ TEST(SamplerSurvivesNaNAndInfinity) {
                          {kNaN, kNaN, kNaN, kNaN},
                          {-kMinusInfinity, 1, kNaN, 0},
                          {-kMinusInfinity, -kMinusInfinity, kMinusInfinity, 0},
-                         Floats(4, kMinusInfinity)};
+                         Floats(4, kMinusInfinity),
+                         Floats(40, -kMinusInfinity)};  // more than are sorted at once
   for (const Ops* ops : AvailableOps()) {
     for (const Floats& logits : rows) {
       for (int k : {0, 1, 2}) {
         for (float cdf : {-1.0f, 0.5f}) {
-          const Sampler sampler = Loaded(*ops, logits, {.top_k = k, .cdf = cdf});
+          Sampler sampler = Loaded(*ops, logits, {.top_k = k, .cdf = cdf});
+          CHECK(sampler.TakeReplaced());
+          CHECK(!sampler.TakeReplaced());
           for (double u : {0.0, 0.5, kJustBelow1}) {
-            CHECK(sampler.Draw(u) >= 0 && sampler.Draw(u) < 4);
+            CHECK(sampler.Draw(u) >= 0 && sampler.Draw(u) < static_cast<int>(logits.size()));
           }
         }
       }

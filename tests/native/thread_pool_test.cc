@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <memory>
 #include <vector>
 
 #include "check.h"
@@ -62,15 +63,21 @@ TEST(PoolInsidePool) {
   CHECK_EQ(total.load(), 600);
 }
 
-// A child process has none of the threads; it works alone.
+// A child process has none of the threads; it works alone, and may end the pool beside one of its
+// own.
 TEST(PoolAfterFork) {
-  ThreadPool pool(3);
+  auto owned = std::make_unique<ThreadPool>(3);
+  ThreadPool& pool = *owned;
   std::atomic<int> total{0};
   pool.Run(10, [&](int, int) { ++total; });
   const pid_t child = fork();
   if (child == 0) {
     int sum = 0;
     pool.Run(10, [&](int task, int) { sum += task; });
+    {
+      const ThreadPool own(4);
+      owned.reset();
+    }
     _exit(sum == 45 ? 0 : 1);
   }
   int status = -1;

@@ -113,7 +113,8 @@ class CpuBackend:
         self.isa = isa
         hidden = ~attention_mask(model.config)[-1].numpy()
         self._hidden: NDArray[np.uint8] = hidden.astype(np.uint8)
-        self._searches: dict[str, Any] = {}  # by dtype
+        self._searches: dict[str, Any] = {}  # by dtype, of this process
+        self._process = os.getpid()
         self._packed_weights: tuple[Any, ...] = ()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -203,13 +204,13 @@ class CpuBackend:
     def stats(self) -> PlanStats:
         """What plans and searches have cost so far, all dtypes together."""
         totals: dict[str, Any] = dict.fromkeys(PlanStats.__dataclass_fields__, 0)
-        for search in self._searches.values():
+        for search in self._own_searches().values():
             totals = {key: totals[key] + value for key, value in search.stats().items()}
         return PlanStats(**totals)
 
     def reset_stats(self) -> None:
         """Count from zero again."""
-        for search in self._searches.values():
+        for search in self._own_searches().values():
             search.reset_stats()
 
     def _trace(self, context: Tokens, plan: dict[str, Any]) -> PlanTrace:
@@ -227,14 +228,21 @@ class CpuBackend:
 
     def _search(self, dtype: str) -> Any:
         """The core's search for a dtype, with the model's weights as they are now."""
+        searches = self._own_searches()
         weights = fingerprint(self.model.parameters())
         if weights != self._packed_weights:
-            self._searches.clear()
+            searches.clear()
             self._packed_weights = weights
-        if dtype not in self._searches:
-            core = _core.BeamSearch(self._pack(dtype), self._hidden, self.num_threads)
-            self._searches[dtype] = core
-        return self._searches[dtype]
+        if dtype not in searches:
+            searches[dtype] = _core.BeamSearch(self._pack(dtype), self._hidden, self.num_threads)
+        return searches[dtype]
+
+    def _own_searches(self) -> dict[str, Any]:
+        """A forked child has none: its parent's may have been in the middle of a plan."""
+        if self._process != os.getpid():
+            self._searches.clear()
+            self._process = os.getpid()
+        return self._searches
 
     def _pack(self, dtype: str) -> Any:
         config = self.model.config

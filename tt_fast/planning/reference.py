@@ -20,7 +20,7 @@ from tt_fast.config import PlanConfig
 from tt_fast.discretizer import Discretizer, Floats, Tokens
 from tt_fast.model import TrajectoryTransformer
 from tt_fast.planning.base import BeamPlan, BeamSequence, Draws, PlanTrace, ValueFn
-from tt_fast.planning.sampling import draw, truncate
+from tt_fast.planning.sampling import draw, heated, truncate
 
 
 class ReferenceBackend:
@@ -109,7 +109,8 @@ class ReferenceBackend:
             total = torch.zeros(1, 1, device=device)
             for _ in range(num_tokens):
                 goals = None if wanted is None else wanted.expand(len(x), -1)
-                logits = last_logits(model, x, model.config.block_size, goals) / temperature
+                logits = last_logits(model, x, model.config.block_size, goals)
+                logits = heated(logits, temperature)
                 log_probs = truncate(logits, top_k, cdf).log_softmax(dim=-1)
                 candidates = total + log_probs  # (beams, vocab_size + 1)
                 kept = min(int((candidates > -math.inf).sum()), beam_width)
@@ -218,7 +219,7 @@ class _BeamPlanner:
         """Append `count` sampled tokens; their raw probs (rows, count, vocab_size + 1)."""
         raw = []
         for _ in range(count):
-            logits = self.decoder.logits() / self.config.temperature
+            logits = heated(self.decoder.logits(), self.config.temperature)
             raw.append(logits.softmax(dim=-1))
             probs = truncate(logits, top_k, cdf).softmax(dim=-1)
             tokens = draw(probs, self.uniforms[len(self.drawn), : len(probs)])

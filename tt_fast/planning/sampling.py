@@ -14,6 +14,21 @@ from torch import Tensor
 REMOVED = -1000.0
 
 
+def heated(logits: Tensor, temperature: float) -> Tensor:
+    """`logits` divided by a temperature (sampling.py:88).
+
+    Raises:
+        ValueError: some are not finite then; the original's torch.multinomial refuses them, too.
+    """
+    logits = logits / temperature
+    if not logits.isfinite().all():
+        raise ValueError(
+            "model: expected finite logits, after division by the temperature, got infinite ones "
+            "or NaN"
+        )
+    return logits
+
+
 def filter_cdf(logits: Tensor, cdf: float) -> Tensor:
     """Remove the least likely tokens up to a mass of `cdf` (sampling.py:15-28).
 
