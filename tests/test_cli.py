@@ -115,13 +115,25 @@ def test_missing_and_malformed_options(capsys):
     assert "--batch-size" in shown
     assert "'many'" in shown
     shown = usage_error(capsys, "train", DEMO, "--output-dir", "x", "--max-minutes", "-3")
-    assert "max_minutes: expected a number in (0.0, inf], got -3.0" in shown
+    assert "max_minutes: expected a number in (0.0, inf), got -3.0" in shown
 
 
 def test_debug_shows_the_traceback(capsys, tmp_path):
     refuse(capsys, "data", "info", tmp_path / "none.hdf5")
     with pytest.raises(FileNotFoundError):
         main(["data", "info", str(tmp_path / "none.hdf5"), "--debug"])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError("Unable to allocate 9 TiB"), RuntimeError("tried to allocate 9 bytes")],
+)
+def test_too_little_memory_is_one_line(monkeypatch, capsys, error):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("tt_fast.data.load_dataset", fail)
+    assert refuse(capsys, "data", "info", DEMO) == str(error)
 
 
 def test_our_own_bugs_are_not_hidden(monkeypatch):

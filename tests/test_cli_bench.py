@@ -93,7 +93,7 @@ def test_bench_interrupted(capsys: Any, tmp_path: Path, monkeypatch: pytest.Monk
     ("words", "message"),
     [
         (["--plans", 0], "plans: expected an integer >= 1, got 0"),
-        (["--seconds", 0], "seconds: expected a number in (0.0, inf], got 0.0"),
+        (["--seconds", 0], "seconds: expected a number in (0.0, inf), got 0.0"),
         (["--threads", 0], "threads: expected an integer >= 1, got 0"),
         (["--setting", "fast"], "setting: expected a name such as H5-B32x2 or H5-B32x2-F3, got 'f"),
         (["--setting", "H5-B32x2-F3"], "setting: expected a plan at every step (no -F) without"),

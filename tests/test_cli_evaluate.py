@@ -126,6 +126,8 @@ def test_evaluate_refuses_bad_outputs_before_it_plays(capsys, model, tmp_path):
     for option in ("--out", "--video", "--histogram"):
         shown = refuse(capsys, "evaluate", model, option, tmp_path)
         assert shown.startswith(f"{option[2:]}: expected the name of a file, got 'the folder")
+        shown = refuse(capsys, "evaluate", model, option, "/proc/x.mp4")
+        assert shown.startswith(f"{option[2:]}: expected a file that can be written, got '/proc/x")
     shown = refuse(capsys, "evaluate", model, "--histogram", tmp_path / "h.foo")
     assert shown == "histogram: expected .png, .pdf or .svg, got '.foo'"
     shown = refuse(capsys, "evaluate", model, "--video", tmp_path / "h.avi")

@@ -85,7 +85,7 @@ def test_unknown_and_missing_keys_are_refused() -> None:
 
 
 def test_values_of_a_file_are_checked() -> None:
-    with pytest.raises(ValueError, match="horizon: expected an integer >= 1, got 0"):
+    with pytest.raises(ValueError, match="horizon: expected an integer >= 1 and <= 1048576, got 0"):
         config_from_dict(PlanConfig, {"horizon": 0})
 
 
@@ -93,8 +93,9 @@ def test_values_of_a_file_are_checked() -> None:
 
 AT_LEAST_1 = "expected an integer >= 1, got 0"
 PROBABILITY = "expected a number in [0.0, 1.0], got 1.5"
-NON_NEGATIVE = "expected a number in [0.0, inf], got -1.0"
-POSITIVE = "expected a number in (0.0, inf], got 0.0"
+PLAN_SIZE = "expected an integer >= 1 and <= 1048576, got "
+NON_NEGATIVE = "expected a number in [0.0, inf), got -1.0"
+POSITIVE = "expected a number in (0.0, inf), got 0.0"
 
 
 @pytest.mark.parametrize(
@@ -143,7 +144,7 @@ def test_model_config_refuses(field: str, value: Any, message: str) -> None:
         ("grad_clip", 0.0, POSITIVE),
         ("discount", 1.5, PROBABILITY),
         ("checkpoint_minutes", 0.0, POSITIVE),
-        ("termination_penalty", float("nan"), "expected a finite number in [-inf, inf], got nan"),
+        ("termination_penalty", float("nan"), "expected a finite number in (-inf, inf), got nan"),
         ("max_tokens", 0, AT_LEAST_1),
         ("max_windows", 0, AT_LEAST_1),
         ("pass_windows", 0, AT_LEAST_1),
@@ -167,9 +168,8 @@ def test_train_config_refuses(field: str, value: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("horizon", 0, AT_LEAST_1),
-        ("beam_width", 0, AT_LEAST_1),
-        ("n_expand", 0, AT_LEAST_1),
+        *((name, 0, PLAN_SIZE + "0") for name in ("horizon", "beam_width", "n_expand")),
+        ("horizon", 2**31, PLAN_SIZE + str(2**31)),
         ("discount", 1.5, PROBABILITY),
         ("max_context_transitions", 0, AT_LEAST_1),
         ("k_obs", 0, AT_LEAST_1),

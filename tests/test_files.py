@@ -6,7 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from tt_fast.files import atomic_folder, atomic_write, write_text
+from tt_fast.files import (
+    atomic_folder,
+    atomic_write,
+    make_output_dir,
+    require_output,
+    write_text,
+)
 
 
 def test_write_replaces_the_old_file(tmp_path: Path) -> None:
@@ -80,3 +86,23 @@ def test_a_folders_files_are_as_readable_as_any(tmp_path: Path) -> None:
         (temporary / "private").touch(mode=0o600)
     (tmp_path / "ordinary").touch()
     assert (tmp_path / "f" / "private").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
+
+
+def test_outputs_are_refused_before_the_work(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    for good in (None, file, tmp_path / "new", str(tmp_path / "a" / "b" / "new"), "/dev/null"):
+        require_output("out", good)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    with pytest.raises(ValueError, match="out: expected the name of a file, got 'the folder"):
+        require_output("out", tmp_path)
+    for bad in (file / "x.json", "/proc/x.json"):
+        with pytest.raises(ValueError, match=r"out: expected a file that can be written, got .*x"):
+            require_output("out", bad)
+
+
+def test_an_output_dir_that_cannot_be_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for bad in (tmp_path / "file", tmp_path / "file" / "run", Path("/proc/run")):
+        with pytest.raises(ValueError, match="output_dir: expected a folder or a new name"):
+            make_output_dir(bad)

@@ -69,7 +69,7 @@ def test_numbers_outside_are_refused(value: Any, message: str) -> None:
 
 def test_a_number_with_an_open_low_end() -> None:
     require_number("rate", 1e-300, 0.0, open_low=True)
-    with pytest.raises(ValueError, match=re.escape("rate: expected a number in (0.0, inf], got 0")):
+    with pytest.raises(ValueError, match=re.escape("rate: expected a number in (0.0, inf), got 0")):
         require_number("rate", 0, 0.0, open_low=True)
 
 

@@ -23,7 +23,7 @@ from tt_fast.commands.train import Train
 from tt_fast.presets import expand_preset
 
 #: What a user can cause; anything else is our bug and shows its traceback.
-_USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
+_USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, MemoryError)
 
 _OPTIONS = (
     tyro.conf.OmitArgPrefixes,
@@ -80,8 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"tt-fast: interrupted: {command.saved()}", file=sys.stderr)
         return 130
-    except _USER_ERRORS as error:
-        if command.debug:
+    except (*_USER_ERRORS, RuntimeError) as error:
+        if command.debug or not (isinstance(error, _USER_ERRORS) or _is_out_of_memory(error)):
             raise
         print(f"tt-fast: error: {_one_line(error)}", file=sys.stderr)
         return 2
@@ -107,6 +107,11 @@ def _expand_preset(argv: Sequence[str]) -> list[str]:
     if args[:1] != ["sweep"]:
         return args
     return ["sweep", *expand_preset(["train", *args[1:]])[1:]]
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Torch's, which on the CPU is no MemoryError; on a GPU it says the same."""
+    return "allocate" in str(error)
 
 
 def _one_line(error: Exception) -> str:

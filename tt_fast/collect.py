@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from tt_fast.data.hdf5 import DatasetWriter
 from tt_fast.envs import ControlEnv, make_env
+from tt_fast.files import require_output
 from tt_fast.validate import require, require_int
 
 # Whole episodes are written when they come to so much; an interruption loses what is not written.
@@ -81,6 +82,7 @@ def collect(
     out = Path(out)
     if out.exists():
         raise FileExistsError(f"out: expected a new file, got the existing {out}")
+    require_output("out", out)
     env = make_env(env_id)
     try:
         actor = _find_policy(policy, env)

@@ -22,6 +22,8 @@ Overflow = Literal["crop", "grow"]
 #: Kinds of tokens, in the order in which a transition holds them.
 TOKEN_KINDS = ("observation", "action", "reward", "value")
 
+#: Most steps of a plan, beams, and children of a beam.
+MAX_PLAN_SIZE = 2**20
 #: Discount of a plan where neither the config nor a checkpoint gives one (config/offline.py:24).
 DEFAULT_DISCOUNT = 0.99
 
@@ -245,7 +247,7 @@ class PlanConfig:
 
     def __post_init__(self) -> None:
         for name in ("horizon", "beam_width", "n_expand"):
-            require_int(name, getattr(self, name), 1)
+            require_int(name, getattr(self, name), 1, MAX_PLAN_SIZE)
         if self.discount is not None:
             require_number("discount", self.discount, 0.0, 1.0)
         for name in ("max_context_transitions", "k_obs", "k_act", "k_rew"):

@@ -244,7 +244,8 @@ def _quantile_thresholds(column: Floats, num_bins: int) -> Floats:
     """Every stride-th sorted value and the maximum; (num_bins + 1,)."""
     num_steps = len(column)
     if not _quantiles_exist(num_steps, num_bins):
-        largest = next(n for n in range(num_bins, 0, -1) if _quantiles_exist(num_steps, n))
+        fewer = range(min(num_bins, num_steps), 0, -1)
+        largest = next(n for n in fewer if _quantiles_exist(num_steps, n))
         expected = f"at most {largest} for {num_steps} rows (the largest that works)"
         refuse("num_bins", expected, num_bins)
     ordered = np.sort(column)

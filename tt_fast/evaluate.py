@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from tt_fast.checkpoint import origin
 from tt_fast.data.registry import find_ref_scores
 from tt_fast.envs import ControlEnv, StepResult, check_env, engine_versions, make_env, wrap_env
+from tt_fast.files import require_output
 from tt_fast.results import EpisodeRecord, EvalResult, EvalSummary, aggregate
 from tt_fast.validate import require, require_int
 
@@ -76,6 +77,7 @@ def evaluate(
     max_steps = None if max_steps is None else require_int("max_steps", max_steps, 1)
     if video is not None:
         require(Path(video).suffix == ".mp4", "video", "a name that ends in .mp4", str(video))
+        require_output("video", video)
     if env is None:
         env_id = _resolve_env_id(planner, env_id)
         if video is not None:

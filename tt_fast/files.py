@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from tt_fast.validate import refuse, require
+
 
 def to_json(values: Mapping[str, Any]) -> str:
     """Indented JSON of plain values; NaN and infinity, which JSON has not, are refused."""
@@ -63,12 +65,32 @@ def make_output_dir(path: Path) -> None:
     """Make the folder a user named as output_dir, unless it exists.
 
     Raises:
-        ValueError: its path names a file, or runs through one.
+        ValueError: there can be none: its path names a file, runs through one, or is forbidden.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
+    except OSError as error:
         raise ValueError(f"output_dir: expected a folder or a new name: {error}") from error
+
+
+def require_output(name: str, path: str | Path | None) -> None:
+    """A file can be written at `path`: known before the work that it is for.
+
+    Raises:
+        ValueError: `path` is a folder, or the nearest folder that is there takes no file.
+    """
+    if path is None:
+        return
+    require(not Path(path).is_dir(), name, "the name of a file", f"the folder {path}")
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():  # a device or a pipe
+        return
+    folder = next(parent for parent in path.parents if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        refuse(name, "a file that can be written", f"{path} ({error.strerror})")
 
 
 @contextmanager

@@ -35,10 +35,11 @@ def require_number(
     """`value` is a finite real number in [low, high], or (low, high] with `open_low`."""
     is_number = isinstance(value, (int, float)) or hasattr(value, "__float__")
     finite = is_number and not isinstance(value, (bool, str)) and math.isfinite(float(value))
-    bracket = "(" if open_low else "["
-    require(finite, name, f"a finite number in {bracket}{low}, {high}]", value)
+    opening = "(" if open_low or low == -math.inf else "["
+    span = f"{opening}{low}, {high}{')' if high == math.inf else ']'}"
+    require(finite, name, f"a finite number in {span}", value)
     inside = (value > low if open_low else value >= low) and value <= high
-    require(inside, name, f"a number in {bracket}{low}, {high}]", value)
+    require(inside, name, f"a number in {span}", value)
 
 
 def require_choice(name: str, value: object, choices: Sequence[object]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from tt_fast.commands.base import Command
-from tt_fast.files import atomic_write, to_json, write_text
+from tt_fast.files import atomic_write, require_output, to_json, write_text
 from tt_fast.validate import require, require_choice, require_int, require_number
 
 if TYPE_CHECKING:
@@ -96,10 +96,8 @@ class Bench(Command):
         for name in ("threads", "max_steps"):
             if getattr(self, name) is not None:
                 require_int(name, getattr(self, name), 1)
-        files = (("json", self.json), ("csv", self.csv), ("plot", self.plot))
-        for name, path in files:
-            is_folder = path is not None and path.is_dir()
-            require(not is_folder, name, "the name of a file", f"the folder {path}")
+        for name in ("json", "csv", "plot"):
+            require_output(name, getattr(self, name))
         if self.plot is not None:
             require_choice("suffix of plot", self.plot.suffix, (".png", ".pdf", ".svg"))
         if self.checkpoint is None:

@@ -13,7 +13,7 @@ import tyro
 
 from tt_fast.commands.base import Command
 from tt_fast.config import PlanConfig
-from tt_fast.files import atomic_write
+from tt_fast.files import atomic_write, require_output
 from tt_fast.presets import check_preset
 from tt_fast.validate import refuse, require
 
@@ -114,9 +114,8 @@ class Evaluate(Command):
 
         unique = len({resolve(p).resolve() for p in self.checkpoints}) == len(self.checkpoints)
         require(unique, "checkpoints", "different models", [str(p) for p in self.checkpoints])
-        for name, path in (("out", self.out), ("video", self.video), ("histogram", self.histogram)):
-            is_folder = path is not None and path.is_dir()
-            require(not is_folder, name, "the name of a file", f"the folder {path}")
+        for name in ("out", "video", "histogram"):
+            require_output(name, getattr(self, name))
         if self.histogram is not None:
             suffix = self.histogram.suffix
             require(suffix in (".png", ".pdf", ".svg"), "histogram", ".png, .pdf or .svg", suffix)
