@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -108,6 +109,29 @@ def test_files_outside_the_folder_are_not_read(saved: Path) -> None:
     (saved / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"expected known file names, got '../secret'"):
         Checkpoint.load(saved)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ref_scores": "ab"}, r"ref_scores: expected \(min, max\), got 'ab'"),
+        ({"ref_scores": [1]}, r"ref_scores: expected \(min, max\), got \[1\]"),
+        ({"ref_scores": [1, 1]}, r"ref_scores: expected \(min, max\) with min < max"),
+        ({"train_config": 5}, "train_config: expected an object, got 5"),
+        ({"env_id": 5}, "env_id: expected text, got 5"),
+        ({"dataset": ["a"]}, r"dataset: expected text, got \['a'\]"),
+        ({"discount": 2}, r"discount: expected a number in \[0.0, 1.0\], got 2"),
+    ],
+)
+def test_metadata_that_make_no_sense(saved: Path, changes: dict[str, Any], message: str) -> None:
+    metadata = json.loads((saved / "metadata.json").read_text())
+    (saved / "metadata.json").write_text(json.dumps(metadata | changes))
+    _reseal(saved)
+    with pytest.raises(ValueError, match=rf"metadata.json: {message}"):
+        Checkpoint.load(saved)
+    (saved / "metadata.json").write_text(json.dumps(metadata | dict.fromkeys(changes)))
+    _reseal(saved)
+    Checkpoint.load(saved)
 
 
 def test_unknown_setting(saved: Path) -> None:

@@ -25,12 +25,12 @@ from safetensors.torch import save_file
 
 from tt_fast import formats
 from tt_fast.config import ModelConfig, config_from_dict, config_to_dict
-from tt_fast.data.load import Source
+from tt_fast.data.load import Source, check_ref_scores
 from tt_fast.discretizer import Discretizer
 from tt_fast.files import atomic_folder, to_json
 from tt_fast.formats import Exported
 from tt_fast.model import TrajectoryTransformer
-from tt_fast.validate import refuse
+from tt_fast.validate import refuse, require, require_number
 
 _FORMAT = 1
 _WEIGHTS, _CONFIG = "weights.safetensors", "config.json"
@@ -111,7 +111,10 @@ class Checkpoint:
         discretizer = None
         if _DISCRETIZER in header["sha256"]:
             discretizer = formats.read_discretizer(folder / _DISCRETIZER, config)
-        model, metadata = formats.new_model(config, weights), formats.read_json(folder / _METADATA)
+        metadata = formats.read_json(folder / _METADATA)
+        with _naming(folder / _METADATA):
+            _check_metadata(metadata)
+        model = formats.new_model(config, weights)
         recipe = formats.Recipe.of_metadata(config.vocab_size, metadata)
         return cls(model, _fit_if_absent(folder, discretizer, recipe, dataset), metadata)
 
@@ -214,6 +217,18 @@ def _check_header(folder: Path, header: Mapping[str, Any]) -> None:
             raise ValueError(f"{path}: expected a file that {_CONFIG} lists, got none")
         if _sha256(path) != sums.get(name):
             raise ValueError(f"{path}: damaged: its SHA-256 is not the one in {_CONFIG}")
+
+
+def _check_metadata(metadata: Mapping[str, Any]) -> None:
+    """Of what is there, that which plans and scores rely on."""
+    known = {name: value for name, value in metadata.items() if value is not None}
+    for name in ("env_id", "dataset"):
+        require(isinstance(known.get(name, ""), str), name, "text", known.get(name))
+    trained = known.get("train_config", {})
+    require(isinstance(trained, dict), "train_config", "an object", trained)
+    require_number("discount", known.get("discount", 1.0), 0.0, 1.0)
+    if "ref_scores" in known:
+        check_ref_scores(known["ref_scores"])
 
 
 @contextmanager

@@ -58,7 +58,7 @@ def load_dataset(
     Source: trajectory/datasets/d4rl.py:25-77, whose last row this keeps (see `windows`).
     """
     if ref_scores is not None:
-        ref_scores = _check_ref_scores(ref_scores)
+        ref_scores = check_ref_scores(ref_scores)
     raw = source if isinstance(source, OfflineDataset) else _read(source)
     # a source's own are those of its environment
     same_env = env_id is None or raw.env_id in (None, env_id)
@@ -104,7 +104,7 @@ def _read_mapping(source: Mapping[str, Any]) -> RawDataset:
         source="source",
         name=source.get("name") or "unnamed",
         env_id=source.get("env_id"),
-        ref_scores=None if scores is None else _check_ref_scores(scores),
+        ref_scores=None if scores is None else check_ref_scores(scores),
     )
 
 
@@ -132,7 +132,8 @@ def _refuse_unknown(source: str | os.PathLike[str], path: Path) -> None:
     )
 
 
-def _check_ref_scores(ref_scores: Any) -> RefScores:
+def check_ref_scores(ref_scores: Any) -> RefScores:
+    """`ref_scores` as floats; ValueError unless they are two different finite ones, in order."""
     name = "ref_scores"
     is_pair = isinstance(ref_scores, (tuple, list)) and len(ref_scores) == 2
     require(is_pair, name, "(min, max)", ref_scores)
