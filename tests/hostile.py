@@ -14,6 +14,12 @@ from tt_fast.formats.pickle_writer import Built, Call, Global, New, PersistentId
 
 CONFIG = Global("trajectory.utils.config", "Config")
 
+_ORDERED = Call(Global("collections", "OrderedDict"), ())
+_FLOATS = Global("torch", "FloatStorage")
+
+# A tuple that holds the one before twice, sixty times over: small, but not to who goes through it.
+_ENDLESS = b")q\x00" + b"".join(b"0h%ch%c\x86q%c" % (i, i, i + 1) for i in range(60))
+
 
 class Runs:
     """Pickles as a call, as an attacker's class does."""
@@ -81,6 +87,25 @@ def traps() -> dict[str, bytes]:
         "no end": b"\x80\x04N",
         "text": b"hello, world",
         "an endless number": b"\x80\x02I" + b"9" * 100_000 + b"\n.",
+        "a number of many bytes": b"\x80\x02\x8b" + struct.pack("<i", 1000) + bytes(1000) + b".",
+        "a copy of the newest": b"\x80\x02N2\x86.",
+        "a key that is deeply nested": b"\x80\x02}" + b")" + b"\x85" * 300_000 + b"Ns.",
+        "a key that is endless": b"\x80\x02}" + _ENDLESS + b"Ns.",
+        "a key that is endless, by DICT": b"\x80\x02(" + _ENDLESS + b"Nd.",
+        "keys that are endless": _with_endless({"x": {"endless": None}}),
+        "an endless shape": _with_endless(_array_of(b"", shape="endless")),
+        "an endless type": _with_endless(_array_of(b"12345678", code="endless")),
+        "an endless storage": _with_endless(_storage("endless")),
+        "an endless name of a storage": _with_endless(
+            _storage("0", Built(_ORDERED, {"__name__": "endless"}))
+        ),
+        "methods of a dict": write_pickle(Built(New(CONFIG), Built(_ORDERED, {"get": None}))),
+        "an array without a state": write_pickle(
+            Built(
+                New(Global("trajectory.utils.discretization", "QuantileDiscretizer")),
+                {"thresholds": New(Global("numpy", "ndarray"))},
+            )
+        ),
     }
 
 
@@ -92,10 +117,9 @@ def torch_traps(good: Path) -> dict[str, Callable[[Path], None]]:
     storage = {f"{root}/data/0": bytes(64), f"{root}/version": b"3\n"}
 
     def crafted(count: int, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> Any:
-        pid = PersistentId(("storage", Global("torch", "FloatStorage"), "0", "cpu", count))
-        hooks = Call(Global("collections", "OrderedDict"), ())
+        pid = PersistentId(("storage", _FLOATS, "0", "cpu", count))
         rebuild = Global("torch._utils", "_rebuild_tensor_v2")
-        tensor = Call(rebuild, (pid, offset, size, stride, False, hooks))
+        tensor = Call(rebuild, (pid, offset, size, stride, False, _ORDERED))
         content = {f"{root}/data.pkl": write_pickle({"pos_emb": tensor})} | storage
         return lambda path: write_zip(path, content)
 
@@ -164,7 +188,16 @@ def _dtype(code: str) -> Built:
     return Built(made, (3, "<", None, None, None, -1, -1, 0))
 
 
-def _array_of(raw: Any, *, code: str = "f8", shape: tuple[int, ...] = (1,)) -> Built:
+def _with_endless(value: Any) -> bytes:
+    """A pickle in which "endless" stands for a tuple that is."""
+    return write_pickle(value).replace(b"X\x07\x00\x00\x00endless", _ENDLESS)
+
+
+def _storage(name: str, kind: Any = _FLOATS) -> PersistentId:
+    return PersistentId(("storage", kind, name, "cpu", 1))
+
+
+def _array_of(raw: Any, *, code: str = "f8", shape: Any = (1,)) -> Built:
     args = (Global("numpy", "ndarray"), (0,), b"b")
     made = Call(Global("numpy.core.multiarray", "_reconstruct"), args)
     return Built(made, (1, shape, _dtype(code), False, raw))

@@ -89,10 +89,10 @@ def read_archive_pickle(path: Path) -> Any:
 def _check_storage(path: Path, root: str, pid: Any, sizes: Mapping[str, int]) -> None:
     shaped = isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage"
     kind = getattr(pid[1], "__name__", "") if shaped else ""
-    count = pid[4] if shaped else None
-    if kind not in STORAGE_BYTES or not isinstance(count, int) or count < 0:
-        raise ValueError(f"{path}: expected storages of numbers, got {kind or 'others'}")
-    name = f"{root}/data/{pid[2]}"
+    key, count = (pid[2], pid[4]) if shaped else (None, None)
+    if kind not in STORAGE_BYTES or not isinstance(key, str) or not isinstance(count, int):
+        raise ValueError(f"{path}: expected storages of numbers by name, got {kind or 'others'}")
+    name = f"{root}/data/{key}"
     wanted = count * STORAGE_BYTES[kind]
     if sizes.get(name) != wanted:
         raise ValueError(f"{path}: {name}: expected {wanted} bytes, got {sizes.get(name)}")

@@ -11,7 +11,6 @@ from __future__ import annotations
 import io
 import pickle
 import pickletools
-from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,12 +31,13 @@ STORAGE_BYTES = {
 _MAX_MEMO = 2**20  # slots; a checkpoint needs some hundreds
 
 # What protocols 2 to 4 need for objects, arrays and plain values. Left out: EXT* (a registry that
-# is not ours), INST and OBJ (protocol 0), NEXT_BUFFER and the like.
+# is not ours), INST and OBJ (protocol 0), NEXT_BUFFER and the like, LONG4 (numbers of more than 255
+# bytes), DUP (no pickler writes it).
 # fmt: off
 _OPCODES = frozenset({
     # plain values
-    "NONE", "NEWTRUE", "NEWFALSE", "INT", "LONG", "BININT", "BININT1", "BININT2", "LONG1", "LONG4",
-    "FLOAT", "BINFLOAT", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINSTRING",
+    "NONE", "NEWTRUE", "NEWFALSE", "INT", "LONG", "BININT", "BININT1", "BININT2", "LONG1", "FLOAT",
+    "BINFLOAT", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINSTRING",
     "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8",
     # containers
     "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_LIST", "LIST", "APPEND", "APPENDS",
@@ -45,7 +45,7 @@ _OPCODES = frozenset({
     # objects
     "GLOBAL", "STACK_GLOBAL", "REDUCE", "NEWOBJ", "BUILD", "BINPERSID",
     # the machine itself
-    "PROTO", "FRAME", "STOP", "MARK", "POP", "POP_MARK", "DUP", "PUT", "BINPUT", "LONG_BINPUT",
+    "PROTO", "FRAME", "STOP", "MARK", "POP", "POP_MARK", "PUT", "BINPUT", "LONG_BINPUT",
     "GET", "BINGET", "LONG_BINGET", "MEMOIZE",
 })
 # fmt: on
@@ -71,18 +71,24 @@ class PickledObject:
         self.state = state
 
 
+class PickledDict(dict[Any, Any]):
+    """An OrderedDict, its attributes dropped: torch puts some there, a stranger could any."""
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
 class PickledArray:
     """A numpy array: shape, type and bytes are checked before it is made."""
 
-    def __init__(self) -> None:
-        self.value: NDArray[Any] = np.empty(0)
+    value: NDArray[Any] = np.empty(0)
+    """Until its state is known"""
 
     def __setstate__(self, state: Any) -> None:
         _, shape, dtype, is_fortran, raw = state
         kind = dtype.numpy() if isinstance(dtype, PickledDType) else None
-        sizes_ok = isinstance(shape, tuple) and all(type(n) is int and n >= 0 for n in shape)
-        if kind is None or not sizes_ok or len(shape) > 8 or not isinstance(raw, bytes):
-            raise ValueError(f"expected an array of numbers, got shape {shape}")
+        if not _is_shape(shape) or kind is None or not isinstance(raw, bytes):
+            raise ValueError("expected an array of numbers: its shape, type and bytes")
         num_bytes = kind.itemsize
         for n in shape:
             num_bytes *= n
@@ -105,9 +111,16 @@ class PickledDType:
         """The dtype, if it is one of numbers of a fixed width."""
         codes = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1")
         if self.code not in codes or self.order not in ("<", ">", "=", "|"):
-            raise ValueError(f"expected an array of numbers, got dtype {self.code!r}")
+            got = self.code if isinstance(self.code, str) else type(self.code)  # never endless
+            raise ValueError(f"expected an array of numbers, got dtype {got!r}")
         dtype: np.dtype[Any] = np.dtype(self.order + self.code)
         return dtype
+
+
+def _is_shape(sizes: Any) -> bool:
+    if not isinstance(sizes, tuple) or len(sizes) > 8:
+        return False
+    return all(type(n) is int and n >= 0 for n in sizes)
 
 
 class _Inert:
@@ -162,7 +175,7 @@ def _known_names() -> dict[tuple[str, str], Any]:
     known["numpy", "ndarray"] = PickledArray
     known["numpy", "dtype"] = PickledDType
     known["_codecs", "encode"] = _Inert(_latin1)
-    known["collections", "OrderedDict"] = _Inert(lambda: OrderedDict())
+    known["collections", "OrderedDict"] = _Inert(lambda: PickledDict())
     # tensors are not made here: torch does that, once all of the file has been looked at
     for rebuild in ("_rebuild_tensor_v2", "_rebuild_parameter"):
         known["torch._utils", rebuild] = _Inert(lambda *_: None)
@@ -173,7 +186,31 @@ def _known_names() -> dict[tuple[str, str], Any]:
 _KNOWN = _known_names()
 
 
-class _Unpickler(pickle.Unpickler):
+def _checking_keys(opcode: bytes, keys: slice) -> Callable[[Any], None]:
+    """What an opcode does to a dict, once the keys among the newest items were looked at."""
+    apply: Callable[[Any], None] = pickle._Unpickler.dispatch[opcode[0]]
+
+    def check_and_apply(machine: Any) -> None:
+        for key in machine.stack[keys]:
+            if not isinstance(key, (str, int)):
+                raise pickle.UnpicklingError(f"a {type(key).__name__} as a key")
+        apply(machine)
+
+    return check_and_apply
+
+
+class _Unpickler(pickle._Unpickler):
+    """Python's own instead of C's: it lets keys be looked at before they are hashed.
+
+    To hash or to show tuples of tuples may take forever, or more stack than there is.
+    """
+
+    dispatch = pickle._Unpickler.dispatch | {
+        pickle.SETITEM[0]: _checking_keys(pickle.SETITEM, slice(-2, -1)),
+        pickle.SETITEMS[0]: _checking_keys(pickle.SETITEMS, slice(None, None, 2)),
+        pickle.DICT[0]: _checking_keys(pickle.DICT, slice(None, None, 2)),
+    }
+
     def __init__(self, content: bytes, persistent_ids: list[Any]) -> None:
         super().__init__(io.BytesIO(content))
         self._persistent_ids = persistent_ids
