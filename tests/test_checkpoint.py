@@ -1,7 +1,10 @@
 """Checkpoints: round trips, and every kind of damage is refused with its reason."""
 
+import io
 import json
 import shutil
+import tracemalloc
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from tiny import tiny_checkpoint, weights_equal
 
 from tt_fast import Checkpoint
 from tt_fast.checkpoint import _sha256
+from tt_fast.discretizer import Discretizer
 
 
 @pytest.fixture
@@ -171,10 +175,49 @@ def test_nan_weights(saved: Path) -> None:
 def test_discretizer_of_another_model(saved: Path) -> None:
     np.savez(saved / "discretizer.npz", thresholds=np.zeros((5, 7)))
     _reseal(saved)
-    with pytest.raises(
-        ValueError, match=r"expected thresholds \(9, 7\) by its config, got \(5, 7\)"
-    ):
+    message = r"expected thresholds float64 \(9, 7\), got float64 \(5, 7\)"
+    with pytest.raises(ValueError, match=message):
         Checkpoint.load(saved)
+
+
+def test_absurd_thresholds_allocate_nothing(saved: Path) -> None:
+    header = {"descr": "<f8", "fortran_order": False, "shape": (10**12, 7)}
+    content = io.BytesIO()
+    np.lib.format.write_array_header_1_0(content, header)
+    with zipfile.ZipFile(saved / "discretizer.npz", "w") as archive:
+        archive.writestr("thresholds.npy", content.getvalue())
+    _reseal(saved)
+    with pytest.raises(ValueError, match=r"expected thresholds float64 \(9, 7\), got"):
+        Checkpoint.load(saved)
+
+
+def test_arrays_that_no_discretizer_has_are_not_read(saved: Path) -> None:
+    before = np.load(saved / "discretizer.npz")["thresholds"]
+    np.savez_compressed(saved / "discretizer.npz", thresholds=before, more=np.zeros(2**23))
+    _reseal(saved)
+    tracemalloc.start()
+    found = Checkpoint.load(saved).discretizer
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found is not None
+    np.testing.assert_array_equal(found.thresholds, before)
+    assert peak < 2**25  # `more` has 2**26 bytes
+
+
+def test_an_array_is_no_discretizer(saved: Path) -> None:
+    np.save(saved / "discretizer", np.zeros((9, 7)))
+    (saved / "discretizer.npy").rename(saved / "discretizer.npz")
+    _reseal(saved)
+    with pytest.raises(ValueError, match=r"discretizer.npz: damaged"):
+        Checkpoint.load(saved)
+
+
+def test_thresholds_by_columns(saved: Path, tmp_path: Path) -> None:
+    thresholds = np.asfortranarray(np.arange(63.0).reshape(9, 7))
+    before = Checkpoint(tiny_checkpoint().model, Discretizer(thresholds))
+    found = Checkpoint.load(before.save(tmp_path / "c")).discretizer
+    assert found is not None
+    np.testing.assert_array_equal(found.thresholds, thresholds)
 
 
 def test_pickled_thresholds_are_not_run(saved: Path, tmp_path: Path) -> None:
