@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import string
 import tempfile
+import tracemalloc
 from itertools import pairwise
 from pathlib import Path
 
@@ -206,6 +207,30 @@ def test_group_instead_of_rows(path):
 def test_no_numbers(path, value):
     replace(path, "actions", value)
     assert_refused(path, "actions: expected numbers, got ")
+
+
+def grow(path, key, num_rows, row=()):
+    """Make `key` a dataset of rows that were never written: they take no room in the file."""
+    with h5py.File(path, "r+") as file:
+        del file[key]
+        file.create_dataset(key, (num_rows, *row), np.float32, chunks=(1000, *row))
+
+
+def test_other_numbers_of_rows_are_refused_unread(path):
+    grow(path, "actions", 2**24, (2,))
+    tracemalloc.start()
+    assert_refused(path, "actions: expected 8 rows as observations, got 16777216")
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
+    replace(path, "actions", 3.0)
+    assert_refused(path, "actions: expected 8 rows as observations, got 1")
+
+
+def test_rows_that_no_memory_holds(path):
+    for key in make_arrays():
+        grow(path, key, 10**12, (1000,))
+    size = "got 4000000000000000 bytes, shape (1000000000000, 1000)"
+    assert_refused(path, f"observations: expected rows that the memory holds, {size}")
 
 
 def test_missing_key(path):

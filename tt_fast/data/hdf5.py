@@ -45,10 +45,12 @@ def read_hdf5(path: Path) -> tuple[dict[str, NDArray[Any]], str | None]:
         ValueError: not HDF5, truncated, corrupt, a group or text where numbers belong, or a link.
     """
     with _open(path, "r") as file:
-        found = {key: _read(file, key, path) for key in KEYS}
+        found = {key: _find(file, key, path) for key in KEYS}
         if found["timeouts"] is None and found["truncations"] is None:
-            found["next_observations"] = _read(file, "next_observations", path)
-        arrays = {key: values for key, values in found.items() if values is not None}
+            found["next_observations"] = _find(file, "next_observations", path)
+        datasets = {key: dataset for key, dataset in found.items() if dataset is not None}
+        _check_rows(datasets, path)
+        arrays = {key: _read(dataset, f"{path}: {key}") for key, dataset in datasets.items()}
         return arrays, _read_environment(file, path)
 
 
@@ -187,8 +189,8 @@ def _open(path: Path, mode: str) -> Any:
         raise ValueError(f"{path}: expected a whole HDF5 file, got: {error}") from error
 
 
-def _read(file: Any, key: str, path: Path) -> NDArray[Any] | None:
-    """All rows of a numeric dataset that lies in the file itself; None without this key."""
+def _find(file: Any, key: str, path: Path) -> Any:
+    """A numeric `h5py.Dataset` that lies in the file itself; None without this key."""
     name = f"{path}: {key}"
     with _reading(name):
         dataset = _own_item(file, key, name)
@@ -200,7 +202,26 @@ def _read(file: Any, key: str, path: Path) -> NDArray[Any] | None:
             raise ValueError(f"{name}: expected data in this file, got a reference to other files")
         if dataset.dtype.kind not in "biuf" or dataset.shape is None:
             raise ValueError(f"{name}: expected numbers, got {dataset.dtype}")
-        return np.asarray(dataset[()])
+        return dataset
+
+
+def _check_rows(datasets: Mapping[str, Any], path: Path) -> None:
+    """As many rows in each: a file of a few bytes may tell of rows that no memory holds."""
+    num_rows = {key: dataset.shape[0] if dataset.shape else 1 for key, dataset in datasets.items()}
+    for key, found in num_rows.items():
+        first, expected = next(iter(num_rows.items()))
+        if found != expected:
+            raise ValueError(f"{path}: {key}: expected {expected} rows as {first}, got {found}")
+
+
+def _read(dataset: Any, name: str) -> NDArray[Any]:
+    """All rows."""
+    with _reading(name):
+        try:
+            return np.asarray(dataset[()])
+        except MemoryError as error:
+            size = f"{dataset.nbytes} bytes, shape {dataset.shape}"
+            raise ValueError(f"{name}: expected rows that the memory holds, got {size}") from error
 
 
 def _read_environment(file: Any, path: Path) -> str | None:
