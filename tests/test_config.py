@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tt_fast.config import (
+    MAX_BLOCK_SIZE,
     ModelConfig,
     PlanConfig,
     TrainConfig,
@@ -27,6 +28,13 @@ def test_derived_values_of_the_model() -> None:
     assert (HOPPER.transition_dim, HOPPER.block_size, HOPPER.goal_len) == (16, 159, 0)
     with_goal = dataclasses.replace(HOPPER, goal_conditioned=True)
     assert (with_goal.block_size, with_goal.goal_len) == (159, 11)
+
+
+def test_windows_whose_mask_would_fill_the_memory_are_refused() -> None:
+    assert ModelConfig(1, 1, num_transitions=MAX_BLOCK_SIZE // 4).block_size == MAX_BLOCK_SIZE - 1
+    message = re.escape("block_size: expected an integer >= 1 and <= 32768, got 32771")
+    with pytest.raises(ValueError, match=message):
+        ModelConfig(1, 1, num_transitions=MAX_BLOCK_SIZE // 4 + 1)
 
 
 def test_derived_values_of_a_plan() -> None:

@@ -27,6 +27,10 @@ MAX_PLAN_SIZE = 2**20
 #: Discount of a plan where neither the config nor a checkpoint gives one (config/offline.py:24).
 DEFAULT_DISCOUNT = 0.99
 
+#: Longest `ModelConfig.block_size`, in tokens: there the attention mask alone takes a gigabyte.
+#: Hopper's default window has 159; ten transitions of D4RL's widest environments, some thousand.
+MAX_BLOCK_SIZE = 2**15
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -70,6 +74,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("observation_dim", "action_dim", "num_transitions", "num_layers", "num_heads"):
             require_int(name, getattr(self, name), 1)
+        require_int("block_size", self.block_size, 1, MAX_BLOCK_SIZE)
         require_int("vocab_size", self.vocab_size, 2)
         require_int("embed_dim", self.embed_dim, 1)
         divides = self.embed_dim % self.num_heads == 0
@@ -89,7 +94,8 @@ class ModelConfig:
 
     @property
     def block_size(self) -> int:
-        """Longest token sequence the model takes, a goal's tokens not counted."""
+        """Longest token sequence the model takes, a goal's tokens not counted; at most
+        `MAX_BLOCK_SIZE`."""
         return self.num_transitions * self.transition_dim - 1
 
     @property
