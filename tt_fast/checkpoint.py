@@ -30,6 +30,7 @@ from tt_fast.discretizer import Discretizer
 from tt_fast.files import atomic_folder, to_json
 from tt_fast.formats import Exported
 from tt_fast.model import TrajectoryTransformer
+from tt_fast.training.run_folder import step_folders
 from tt_fast.validate import refuse, require, require_number
 
 _FORMAT = 1
@@ -156,7 +157,7 @@ def resolve(folder: str | Path) -> Path:
 
 def newest_checkpoint(run_folder: Path) -> Path | None:
     """The checkpoint of a run with the most steps, or None; they appear whole, by renaming."""
-    found = sorted((run_folder / "checkpoints").glob("step_*"), key=lambda p: p.name)
+    found = step_folders(run_folder)
     return found[-1] if found else None
 
 

@@ -19,12 +19,24 @@ from tt_fast.files import atomic_folder, make_output_dir
 
 _KEPT_CHECKPOINTS = 2
 
+_STEP = re.compile(r"step_(\d+)")
+
 #: Folders on the way to a checkpoint, and those of `atomic_folder` and `atomic_write`, whose names
 #: end in tempfile's eight characters.
 _LEFTOVER = re.compile(
     r"\.(best|step_\d+)\.(new|old|gone)"
     r"|\.(\.(best|step_\d+)\.new|metrics\.csv|scores\.csv|wandb_id\.txt)\.[a-z0-9_]{8}"
 )
+
+
+def step_folders(run_folder: Path) -> list[Path]:
+    """The checkpoints of a run, fewest steps first; notes, copies and links beside them are not."""
+    found = {
+        path: int(name[1])
+        for path in (run_folder / "checkpoints").glob("step_*")
+        if (name := _STEP.fullmatch(path.name)) and path.is_dir() and not path.is_symlink()
+    }
+    return sorted(found, key=found.__getitem__)
 
 
 def prepare_run_folder(run_folder: Path) -> None:
@@ -50,7 +62,7 @@ def new_checkpoint(run_folder: Path, step: int) -> Iterator[Path]:
     folder = run_folder / "checkpoints" / f"step_{step:08d}"
     with _new_version(folder) as temporary:
         yield temporary
-    for old in sorted(folder.parent.glob("step_*"))[:-_KEPT_CHECKPOINTS]:
+    for old in step_folders(run_folder)[:-_KEPT_CHECKPOINTS]:
         shutil.rmtree(old.rename(old.with_name(f".{old.name}.gone")))
 
 
