@@ -1,6 +1,8 @@
 """Files and folders appear whole or not at all."""
 
+import errno
 import os
+import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -43,6 +45,17 @@ def test_a_link_stays_a_link(tmp_path: Path) -> None:
     assert (link.is_symlink(), path.read_text()) == (True, "new")
 
 
+def mode_of(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_a_private_file_stays_private(tmp_path: Path) -> None:
+    path = tmp_path / "x.txt"
+    path.touch(mode=0o600)
+    write_text(path, "secret")
+    assert (mode_of(path), path.read_text()) == (0o600, "secret")
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes with names")
 def test_a_pipe_is_written_and_stays(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
@@ -81,9 +94,41 @@ def test_folder_never_replaces_files(tmp_path: Path) -> None:
     assert (folder / "a").read_text() == "1"
 
 
+def test_a_link_to_a_folder_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "absent"):
+        link = tmp_path / f"to_{name}"
+        link.symlink_to(name)
+        with atomic_folder(link) as temporary:
+            (temporary / "a").write_text("1")
+        assert link.is_symlink()
+        assert (tmp_path / name / "a").read_text() == "1"
+
+
+def test_a_link_to_itself_is_refused_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    refused = pytest.raises(FileExistsError, match="loop: expected a new or empty folder")
+    with refused, atomic_folder(tmp_path / "loop"):
+        pytest.fail("it yields")
+
+
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_of_two_writers_one_is_refused(tmp_path: Path, is_folder: bool) -> None:
+    path = tmp_path / "f"
+    refused = pytest.raises(FileExistsError, match="f: expected a new or empty folder")
+    with refused, atomic_folder(path) as temporary:
+        (temporary / "a").write_text("second")
+        made = path / "a" if is_folder else path
+        made.parent.mkdir(exist_ok=True)
+        made.write_text("first")
+    assert made.read_text() == "first"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_folders_files_are_as_readable_as_any(tmp_path: Path) -> None:
     with atomic_folder(tmp_path / "f") as temporary:
         (temporary / "private").touch(mode=0o600)
+        assert mode_of(temporary.parent) == 0o700
     (tmp_path / "ordinary").touch()
     assert (tmp_path / "f" / "private").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
 
@@ -106,3 +151,42 @@ def test_an_output_dir_that_cannot_be_is_named(tmp_path: Path) -> None:
     for bad in (tmp_path / "file", tmp_path / "file" / "run", Path("/proc/run")):
         with pytest.raises(ValueError, match="output_dir: expected a folder or a new name"):
             make_output_dir(bad)
+
+    (tmp_path / "folder").mkdir()
+    assert mode_of(tmp_path / "f" / "private") == mode_of(tmp_path / "ordinary")
+    assert mode_of(tmp_path / "f") == mode_of(tmp_path / "folder")
+
+
+def test_the_umask_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread's files would get the one that is set for a moment."""
+    monkeypatch.setattr(os, "umask", lambda _: pytest.fail("it is set"))
+    with atomic_folder(tmp_path / "f") as temporary:
+        (temporary / "a").write_text("1")
+
+
+def refuse_to_flush_folders(code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    flush = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(code, "refused")
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP])
+def test_some_file_systems_flush_no_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    refuse_to_flush_folders(code, monkeypatch)
+    write_text(tmp_path / "x.txt", "said")
+    with atomic_folder(tmp_path / "f"):
+        pass
+    assert (tmp_path / "f").is_dir()
+
+
+def test_a_folder_that_cannot_be_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_to_flush_folders(errno.EIO, monkeypatch)
+    with pytest.raises(OSError, match="refused"):
+        write_text(tmp_path / "x.txt", "said")

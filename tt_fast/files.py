@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -24,8 +25,9 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`; on success it becomes `path`.
 
     A reader sees the old file or the new one, never a part. On an exception the temporary file is
-    removed and `path` stays as it was. The suffix of `path` is kept, for writers that look at it.
-    A link stays one: what it names is written. A device or a pipe is yielded itself.
+    removed and `path` stays as it was. The suffix of `path` is kept, for writers that look at it,
+    and so are the permissions of an old file. A link stays one: what it names is written. A device
+    or a pipe is yielded itself.
     """
     path = Path(os.path.realpath(path))
     if path.exists() and not (path.is_file() or path.is_dir()):
@@ -35,6 +37,8 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         temporary = Path(folder) / path.name
         yield temporary
+        if path.is_file():
+            shutil.copymode(path, temporary)
         _flush_to_disk(temporary)
         temporary.replace(path)
     _flush_to_disk(path.parent)
@@ -143,34 +147,45 @@ def _lock(file: IO[str], *, wait: bool) -> None:
 
 
 def is_new_or_empty(path: Path) -> bool:
-    """Nothing is lost if a folder is made at `path`."""
-    return not path.exists() or (path.is_dir() and not any(path.iterdir()))
+    """Nothing is lost if a folder is made at `path`, or where it leads if it is a link."""
+    path = Path(os.path.realpath(path))
+    return not os.path.lexists(path) or (path.is_dir() and not any(path.iterdir()))
 
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; on success it is renamed to `path`.
 
+    A link stays one: the folder that it names is made.
+
     Raises:
-        FileExistsError: `path` exists and is not an empty folder.
+        FileExistsError: `path` exists and is not an empty folder, or somebody else made it
+            meanwhile.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
+    _require_new_or_empty(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as private:
+        temporary = Path(private) / path.name
+        temporary.mkdir()
+        yield temporary
+        mode = temporary.stat().st_mode & 0o666  # of any new file: what the umask leaves
+        for file in temporary.rglob("*"):
+            if file.is_file():  # some writers make private ones
+                file.chmod(mode)
+            _flush_to_disk(file)
+        _flush_to_disk(temporary)
+        try:
+            temporary.replace(path)
+        except OSError:
+            _require_new_or_empty(path)
+            raise
+    _flush_to_disk(path.parent)
+
+
+def _require_new_or_empty(path: Path) -> None:
     if not is_new_or_empty(path):
         raise FileExistsError(f"{path}: expected a new or empty folder, got an existing one")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():  # some writers make private ones, too
-                file.chmod(0o666 & ~_umask())
-            _flush_to_disk(file)
-        temporary.chmod(0o777 & ~_umask())  # mkdtemp makes it private
-        temporary.replace(path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    _flush_to_disk(path.parent)
 
 
 def _flush_to_disk(path: Path) -> None:
@@ -178,12 +193,9 @@ def _flush_to_disk(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        is_refusal = error.errno in (errno.EINVAL, errno.ENOTSUP)
+        if not (is_refusal and path.is_dir()):  # some file systems flush no folders
+            raise
     finally:
         os.close(descriptor)
-
-
-def _umask() -> int:
-    # The only portable way to read the umask is to set it.
-    current = os.umask(0)
-    os.umask(current)
-    return current
