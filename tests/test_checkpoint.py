@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import tiny_checkpoint, weights_equal
+from tiny import tiny_checkpoint, tiny_dataset, tiny_train_config, weights_equal
 
 from tt_fast import Checkpoint
 from tt_fast.checkpoint import _sha256
+from tt_fast.config import Strategy, config_to_dict
+from tt_fast.data.windows import build_transitions
 from tt_fast.discretizer import Discretizer
 
 
@@ -48,6 +50,27 @@ def test_round_trip(tmp_path: Path, goal_conditioned: bool) -> None:
 def test_round_trip_without_discretizer(tmp_path: Path) -> None:
     bare = Checkpoint(tiny_checkpoint().model, None)
     assert Checkpoint.load(bare.save(tmp_path / "c")).discretizer is None
+
+
+@pytest.mark.parametrize("strategy", ["quantile", "uniform"])
+def test_a_discretizer_is_fitted_as_the_metadata_say(tmp_path: Path, strategy: Strategy) -> None:
+    settings = config_to_dict(tiny_train_config(strategy=strategy, discount=0.9))
+    metadata = {"discount": 0.9, "train_config": settings}
+    before = Checkpoint(tiny_checkpoint().model, None, metadata)
+    values = build_transitions(tiny_dataset(), discount=0.9, termination_penalty=-100.0)
+    wanted = Discretizer.fit_columns(values.columns(), 8, strategy)
+    before.save(tmp_path / "ours")
+    before.save_foreign(tmp_path / "theirs", "huggingface")
+    for name in ("ours", "theirs"):
+        found = Checkpoint.load(tmp_path / name, dataset=tiny_dataset()).discretizer
+        assert found is not None
+        np.testing.assert_array_equal(found.thresholds, wanted.thresholds)
+
+
+def test_metadata_without_settings(tmp_path: Path) -> None:
+    bare = Checkpoint(tiny_checkpoint().model, None, {"train_config": 3})
+    with pytest.raises(ValueError, match=r"metadata: train_config: expected settings, got 3"):
+        Checkpoint.load(bare.save(tmp_path / "c"), dataset=tiny_dataset())
 
 
 def test_run_folder_resolves_to_its_newest(tmp_path: Path) -> None:

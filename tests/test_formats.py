@@ -133,6 +133,14 @@ def test_metadata_of_faster_tt() -> None:
     assert metadata["discount"] == 0.9
 
 
+@pytest.mark.parametrize("folder", FOLDERS["faster_tt"])
+def test_the_recipe_of_faster_tt(folder: str) -> None:
+    path, _ = golden_folder(folder)
+    strategy = yaml.safe_load((path / "config.yaml").read_text())["dataset"]["strategy"]
+    recipe = formats.read_foreign(path, "faster_tt").recipe
+    assert recipe == Recipe(8, 0.9, None, strategy=strategy)
+
+
 @of("jannerm/gpt")
 def test_a_pickled_discretizer(copied: Path) -> None:
     (copied / "with_discretizer.pkl").rename(copied / "data_config.pkl")

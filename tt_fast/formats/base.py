@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tt_fast.config import ModelConfig
+from tt_fast.config import ModelConfig, Strategy
 from tt_fast.data import load_dataset
 from tt_fast.data.load import Source
 from tt_fast.data.registry import find_dataset
@@ -36,23 +36,26 @@ class Recipe:
     discount: float = 0.99
     termination_penalty: float | None = -100.0
     max_path_length: int = 1000
+    strategy: Strategy = "quantile"
 
     @classmethod
     def of_metadata(cls, num_bins: int, metadata: Mapping[str, Any]) -> Recipe:
         """As the metadata of a checkpoint of ours tell it; the original's where they do not."""
         trained = metadata.get("train_config") or {}
+        require(isinstance(trained, Mapping), "metadata: train_config", "settings", trained)
         return cls(
             num_bins,
             metadata.get("discount", cls.discount),
             trained.get("termination_penalty", cls.termination_penalty),
             trained.get("max_path_length", cls.max_path_length),
+            trained.get("strategy", cls.strategy),
         )
 
     def fit(self, source: Source) -> Discretizer:
         """The discretizer of a dataset.
 
         Raises:
-            ValueError: the dataset is bad, or has too few rows for `num_bins`.
+            ValueError: the dataset is bad, or has too few rows for `num_bins`; no such strategy.
         """
         transitions = build_transitions(
             load_dataset(source),
@@ -60,7 +63,7 @@ class Recipe:
             termination_penalty=self.termination_penalty,
             max_path_length=self.max_path_length,
         )
-        return Discretizer.fit_columns(transitions.columns(), self.num_bins)
+        return Discretizer.fit_columns(transitions.columns(), self.num_bins, self.strategy)
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,8 @@ def read(folder: Path) -> Imported:
     discretizer, metadata = read_extras(folder, config, found, {"format": NAME})
     if discretizer is None and (folder / DISCRETIZER).is_file():
         discretizer = read_discretizer_file(folder / DISCRETIZER, config)
-    recipe = Recipe(config.vocab_size, metadata["discount"], None)
+    strategy = values["dataset"].get("strategy", Recipe.strategy)
+    recipe = Recipe(config.vocab_size, metadata["discount"], None, strategy=strategy)
     return Imported(config, weights_from(state, config), discretizer, recipe, metadata)
 
 

@@ -59,7 +59,8 @@ def read(folder: Path) -> Imported:
     state = read_safetensors(path, shapes) if is_safe else read_torch_file(path, shapes)
     discretizer, metadata = read_extras(folder, config, {}, {"format": NAME})
     weights = {our_name(name): tensor for name, tensor in state.items()}
-    return Imported(config, weights, discretizer, Recipe(config.vocab_size), metadata)
+    recipe = Recipe.of_metadata(config.vocab_size, metadata)
+    return Imported(config, weights, discretizer, recipe, metadata)
 
 
 def write(folder: Path, exported: Exported) -> None:
