@@ -249,6 +249,15 @@ def test_damaged_archives_are_a_value_error(folders: dict[str, Path], tmp_path: 
     assert refused > 250
 
 
+def test_a_text_is_made_bytes_once() -> None:
+    """Again and again, a few bytes of program would make as many as the text has each time."""
+    encode, text = b"c_codecs\nencode\nq\x00", b"X\x00\x10\x00\x00" + b"x" * 2**12
+    once = b"\x80\x02" + encode + text + b"X\x06\x00\x00\x00latin1\x86q\x01R"
+    assert read_pickle(once + b".", "once") == b"x" * 2**12
+    with pytest.raises(ValueError, match=r"again: .* no more bytes than the file has"):
+        read_pickle(once + b"h\x00h\x01R.", "again")
+
+
 def test_a_huge_pickle_is_not_read(tmp_path: Path, copy: Callable[[str], Path]) -> None:
     folder = copy("jannerm")
     with (folder / "model_config.pkl").open("wb") as file:

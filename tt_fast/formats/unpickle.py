@@ -138,12 +138,6 @@ class _Inert:
         raise ValueError("expected an object, got a function with a state")
 
 
-def _latin1(text: Any, encoding: Any) -> bytes:
-    if not isinstance(text, str) or encoding != "latin1":
-        raise ValueError("expected bytes as latin1 text")
-    return text.encode("latin1")
-
-
 def _scalar(dtype: Any, raw: Any) -> Any:
     array = PickledArray()
     array.__setstate__((1, (), dtype, False, raw))
@@ -174,7 +168,6 @@ def _known_names() -> dict[tuple[str, str], Any]:
         known[f"{core}.multiarray", "scalar"] = _Inert(_scalar)
     known["numpy", "ndarray"] = PickledArray
     known["numpy", "dtype"] = PickledDType
-    known["_codecs", "encode"] = _Inert(_latin1)
     known["collections", "OrderedDict"] = _Inert(lambda: PickledDict())
     # tensors are not made here: torch does that, once all of the file has been looked at
     for rebuild in ("_rebuild_tensor_v2", "_rebuild_parameter"):
@@ -214,8 +207,11 @@ class _Unpickler(pickle._Unpickler):
     def __init__(self, content: bytes, persistent_ids: list[Any]) -> None:
         super().__init__(io.BytesIO(content))
         self._persistent_ids = persistent_ids
+        self._bytes_left = len(content)
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("_codecs", "encode"):
+            return _Inert(self._latin1)
         try:
             return _KNOWN[module, name]
         except KeyError:
@@ -224,6 +220,15 @@ class _Unpickler(pickle._Unpickler):
 
     def persistent_load(self, pid: Any) -> None:
         self._persistent_ids.append(pid)
+
+    def _latin1(self, text: Any, encoding: Any) -> bytes:
+        """Bytes that protocol 2 holds as text, each once: one text again and again is a bomb."""
+        if not isinstance(text, str) or encoding != "latin1":
+            raise ValueError("expected bytes as latin1 text")
+        self._bytes_left -= len(text)
+        if self._bytes_left < 0:
+            raise ValueError("expected no more bytes than the file has")
+        return text.encode("latin1")
 
 
 def read_pickle(content: bytes, name: str, persistent_ids: list[Any] | None = None) -> Any:
