@@ -67,12 +67,6 @@ def test_a_discretizer_is_fitted_as_the_metadata_say(tmp_path: Path, strategy: S
         np.testing.assert_array_equal(found.thresholds, wanted.thresholds)
 
 
-def test_metadata_without_settings(tmp_path: Path) -> None:
-    bare = Checkpoint(tiny_checkpoint().model, None, {"train_config": 3})
-    with pytest.raises(ValueError, match=r"metadata: train_config: expected settings, got 3"):
-        Checkpoint.load(bare.save(tmp_path / "c"), dataset=tiny_dataset())
-
-
 def test_run_folder_resolves_to_its_newest(tmp_path: Path) -> None:
     for step in (5, 10):
         tiny_checkpoint(seed=step).save(tmp_path / "checkpoints" / f"step_{step:08d}")

@@ -42,7 +42,7 @@ class Recipe:
     def of_metadata(cls, num_bins: int, metadata: Mapping[str, Any]) -> Recipe:
         """As the metadata of a checkpoint of ours tell it; the original's where they do not."""
         trained = metadata.get("train_config") or {}
-        require(isinstance(trained, Mapping), "metadata: train_config", "settings", trained)
+        require(isinstance(trained, Mapping), "train_config", "an object", trained)
         return cls(
             num_bins,
             metadata.get("discount", cls.discount),
