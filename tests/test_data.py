@@ -14,6 +14,8 @@ from raw_data import HOPPER_SCORES, make_arrays, rows, without
 
 from tt_fast.data import load_dataset
 from tt_fast.data.hdf5 import write_hdf5
+from tt_fast.data.windows import build_transitions
+from tt_fast.discretizer import Discretizer
 
 DEMO = Path(__file__).parents[1] / "tt_fast" / "assets" / "hopper-demo.hdf5"
 
@@ -63,13 +65,51 @@ def test_gymnasium_words_equal_d4rl_words():
     assert rows(load_dataset(renamed)) == rows(load_dataset(arrays))
 
 
-@pytest.mark.parametrize("dtype", [np.float64, np.float16, np.int32, np.uint8])
-def test_numeric_dtypes_become_float32(dtype):
+@pytest.mark.parametrize(
+    ("dtype", "kept"),
+    [
+        (np.float16, np.float32),
+        (np.uint8, np.float32),
+        (np.dtype(">f4"), np.float32),
+        (np.int32, np.float64),
+        (np.float64, np.float64),
+        (np.longdouble, np.float64),
+    ],
+)
+def test_numbers_become_the_smaller_float_that_holds_them(dtype, kept):
     arrays = make_arrays()
     arrays["observations"] = (arrays["observations"] * 10).astype(np.int8).clip(0).astype(dtype)
     dataset = load_dataset(arrays)
-    assert dataset.observations.dtype == np.float32
+    assert dataset.observations.dtype == kept
     np.testing.assert_array_equal(dataset.observations, arrays["observations"])
+
+
+def test_float64_is_not_rounded():
+    arrays = make_arrays() | {"rewards": np.full(6, 0.1)}  # float32(0.1) > 0.1
+    dataset = load_dataset(arrays)
+    assert dataset.observations.dtype == np.float32
+    np.testing.assert_array_equal(dataset.rewards, np.full(6, 0.1))
+
+
+def test_live_numbers_get_the_tokens_of_training():
+    # float32 puts a bin's edge above each of these
+    arrays = make_arrays(50) | {"rewards": np.tile([0.0, 0.1, 0.2, 0.7, 1.3], 10)}
+    arrays["observations"] = np.column_stack([np.full(50, 0.1), arrays["rewards"]])
+    transitions = build_transitions(
+        load_dataset(arrays), discount=0.99, termination_penalty=None, max_path_length=50
+    )
+    discretizer = Discretizer.fit(transitions.values, num_bins=10)
+    live = np.column_stack([arrays["observations"], arrays["actions"], arrays["rewards"]])[:-1]
+    trained = discretizer.encode(transitions.values)[:, :-1]
+    np.testing.assert_array_equal(discretizer.encode(live, slice(0, 5)), trained)
+
+
+def test_jumps_are_found_where_next_observations_are_stored_in_less_precision():
+    arrays = without(make_arrays(), "timeouts")
+    arrays["observations"] = np.random.default_rng(0).standard_normal((6, 3))
+    arrays["next_observations"] = np.roll(arrays["observations"], -1, axis=0).astype(np.float32)
+    arrays["next_observations"][2] += 1
+    assert rows(load_dataset(arrays)) == [(0, 3), (3, 6)]
 
 
 @pytest.mark.parametrize("dtype", [np.int64, np.uint8, np.float32])

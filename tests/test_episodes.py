@@ -49,9 +49,15 @@ def test_returns_are_summed_in_float64():
     ("change", "message"),
     [
         ({"observations": np.zeros((0, 3), np.float32)}, "observations: expected at least one row"),
-        ({"observations": np.zeros(6, np.float32)}, "observations: expected float32, 2-D, 6 rows"),
-        ({"actions": np.zeros((6, 2))}, "actions: expected float32, 2-D, 6 rows, got 'float64 of"),
-        ({"rewards": np.zeros((6, 1), np.float32)}, "rewards: expected float32, 1-D, 6 rows"),
+        (
+            {"observations": np.zeros(6, np.float32)},
+            "observations: expected float32 or float64, 2-D, 6 rows",
+        ),
+        ({"actions": np.zeros((6, 2), int)}, "actions: expected float32 or float64, 2-D, 6 rows"),
+        (
+            {"rewards": np.zeros((6, 1), np.float32)},
+            "rewards: expected float32 or float64, 1-D, 6 rows",
+        ),
         ({"terminations": np.zeros(5, bool)}, "terminations: expected bool, 1-D, 6 rows"),
         ({"truncations": np.zeros(6, int)}, "truncations: expected bool, 1-D, 6 rows"),
         ({"truncations": np.zeros(6, bool)}, "truncations: expected True in the last row"),

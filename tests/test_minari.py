@@ -61,10 +61,10 @@ def test_conversion(minari):
     np.testing.assert_array_equal(np.flatnonzero(dataset.terminations), [3])
     np.testing.assert_array_equal(np.flatnonzero(dataset.truncations), [6, 8])
     for rows, episode in zip(dataset.episodes, minari.episodes, strict=True):
-        expected = episode.observations[:-1].astype(np.float32)  # T rows of T + 1
+        expected = episode.observations[:-1]  # T rows of T + 1
         np.testing.assert_array_equal(dataset.observations[rows], expected)
         np.testing.assert_array_equal(dataset.actions[rows], episode.actions)
-        np.testing.assert_array_equal(dataset.rewards[rows], episode.rewards.astype(np.float32))
+        np.testing.assert_array_equal(dataset.rewards[rows], episode.rewards)
 
 
 def test_reference_scores_of_minari(minari):

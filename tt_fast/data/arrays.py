@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tt_fast.data.episodes import OfflineDataset
+from tt_fast.data.episodes import Numbers, OfflineDataset
 from tt_fast.data.registry import RefScores, trim_observations
 from tt_fast.validate import require
 
@@ -78,8 +78,8 @@ def _require_key(raw: RawDataset, *names: str) -> str:
     return key
 
 
-def _matrix(raw: RawDataset, key: str, num_steps: int | None = None) -> NDArray[np.float32]:
-    """Finite float32 (num_steps, width)."""
+def _matrix(raw: RawDataset, key: str, num_steps: int | None = None) -> Numbers:
+    """Finite (num_steps, width)."""
     name = f"{raw.source}: {key}"
     array = _numbers(name, raw.arrays[key])
     width = "action_dim" if key == "actions" else "observation_dim"
@@ -87,13 +87,13 @@ def _matrix(raw: RawDataset, key: str, num_steps: int | None = None) -> NDArray[
     require(fits, name, f"shape (num_steps, {width})", array.shape)
     require(len(array) > 0, name, "at least one row", array.shape)
     _require_rows(name, array, num_steps)
-    return _finite_float32(name, array)
+    return _finite_floats(name, array)
 
 
-def _vector(raw: RawDataset, key: str, num_steps: int) -> NDArray[np.float32]:
-    """Finite float32 (num_steps,)."""
+def _vector(raw: RawDataset, key: str, num_steps: int) -> Numbers:
+    """Finite (num_steps,)."""
     name = f"{raw.source}: {key}"
-    return _finite_float32(name, _column(name, _numbers(name, raw.arrays[key]), num_steps))
+    return _finite_floats(name, _column(name, _numbers(name, raw.arrays[key]), num_steps))
 
 
 def _flags(raw: RawDataset, key: str, num_steps: int) -> NDArray[np.bool_]:
@@ -129,20 +129,21 @@ def _require_rows(name: str, array: NDArray[Any], num_steps: int | None) -> None
         raise ValueError(f"{name}: expected {num_steps} rows as observations, got {len(array)}")
 
 
-def _finite_float32(name: str, array: NDArray[Any]) -> NDArray[np.float32]:
-    with np.errstate(over="ignore"):  # too large for float32: infinite, found below
-        converted = np.ascontiguousarray(array, np.float32)
-    finite = np.isfinite(converted)
+def _finite_floats(name: str, array: NDArray[Any]) -> Numbers:
+    """Finite as float32; kept as float64 where that says more, as the original keeps it."""
+    with np.errstate(over="ignore"):  # too large for float32: infinite, found here
+        finite = np.isfinite(np.asarray(array, np.float32))
     if not finite.all():
         index = tuple(np.argwhere(~finite)[0].tolist())
         column = f", column {index[1]}" if len(index) > 1 else ""
         got = array[index]
         raise ValueError(f"{name}: row {index[0]}{column}: expected a finite float32, got {got}")
-    return converted
+    is_exact = np.can_cast(array.dtype, np.float32)
+    return np.ascontiguousarray(array, np.float32 if is_exact else np.float64)
 
 
 def _infer_truncations(
-    raw: RawDataset, observations: NDArray[np.float32], terminations: NDArray[np.bool_]
+    raw: RawDataset, observations: Numbers, terminations: NDArray[np.bool_]
 ) -> NDArray[np.bool_]:
     """Where episodes were cut, in sources that do not say.
 
@@ -158,14 +159,15 @@ def _infer_truncations(
     return cuts & ~terminations
 
 
-def _find_jumps(raw: RawDataset, observations: NDArray[np.float32]) -> NDArray[np.bool_]:
+def _find_jumps(raw: RawDataset, observations: Numbers) -> NDArray[np.bool_]:
     """bool (num_steps,): the next row's observation is not the one that this row led to."""
     key = "next_observations"
     following = _matrix(raw, key, len(observations))
     same_width = following.shape == observations.shape
     require(same_width, f"{raw.source}: {key}", f"shape {observations.shape}", following.shape)
     jumps = np.zeros(len(observations), np.bool_)
-    jumps[:-1] = (following[:-1] != observations[1:]).any(axis=1)
+    led_to, came = (np.asarray(a, np.float32) for a in (following[:-1], observations[1:]))
+    jumps[:-1] = (led_to != came).any(axis=1)  # one of them may have been stored as float32
     return jumps
 
 
@@ -177,7 +179,7 @@ def _steps_since_termination(terminations: NDArray[np.bool_]) -> NDArray[np.int6
     return rows - np.maximum.accumulate(starts) + 1
 
 
-def _trim(raw: RawDataset, observations: NDArray[np.float32]) -> NDArray[np.float32]:
+def _trim(raw: RawDataset, observations: Numbers) -> Numbers:
     """The dimensions that the model sees; source: preprocessing.py:3-15."""
     kept = trim_observations(observations, raw.name, raw.env_id)
     if (observations.shape[1], kept.shape[1]) == (60, 30):  # kitchen's goal: must say nothing

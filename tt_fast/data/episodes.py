@@ -13,6 +13,9 @@ from numpy.typing import ArrayLike, NDArray
 from tt_fast.data.registry import RefScores, normalized_score
 from tt_fast.validate import require
 
+#: float32 or float64, as the source has them: rounded, they would get other tokens than live ones.
+Numbers = NDArray[np.floating[Any]]
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -87,12 +90,12 @@ class OfflineDataset:
         ValueError: shapes or dtypes other than below, no rows, or an open last episode.
     """
 
-    observations: NDArray[np.float32]
-    """float32 (num_steps, observation_dim): seen before the action."""
-    actions: NDArray[np.float32]
-    """float32 (num_steps, action_dim)."""
-    rewards: NDArray[np.float32]
-    """float32 (num_steps,): paid for the action."""
+    observations: Numbers
+    """(num_steps, observation_dim): seen before the action."""
+    actions: Numbers
+    """(num_steps, action_dim)."""
+    rewards: Numbers
+    """(num_steps,): paid for the action."""
     terminations: NDArray[np.bool_]
     """bool (num_steps,): the environment ended here."""
     truncations: NDArray[np.bool_]
@@ -107,17 +110,18 @@ class OfflineDataset:
     def __post_init__(self) -> None:
         steps = len(self.observations)
         require(steps > 0, "observations", "at least one row", self.observations.shape)
-        for key, dtype, ndim in (
-            ("observations", "float32", 2),
-            ("actions", "float32", 2),
-            ("rewards", "float32", 1),
-            ("terminations", "bool", 1),
-            ("truncations", "bool", 1),
+        numbers, flags = ("float32", "float64"), ("bool",)
+        for key, dtypes, ndim in (
+            ("observations", numbers, 2),
+            ("actions", numbers, 2),
+            ("rewards", numbers, 1),
+            ("terminations", flags, 1),
+            ("truncations", flags, 1),
         ):
             array = getattr(self, key)
-            fits = array.dtype == dtype and array.ndim == ndim and len(array) == steps
+            fits = array.dtype in dtypes and array.ndim == ndim and len(array) == steps
             got = f"{array.dtype} of shape {array.shape}"
-            require(fits, key, f"{dtype}, {ndim}-D, {steps} rows", got)
+            require(fits, key, f"{' or '.join(dtypes)}, {ndim}-D, {steps} rows", got)
         ends = bool(self.terminations[-1] or self.truncations[-1])
         require(ends, "truncations", "True in the last row, or a termination there", False)
 
