@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy_env import TOY_ENV, register_toy
+from toy_env import TOY_ENV, InPlaceEnv, register, register_toy
 
 from tt_fast.collect import collect
 from tt_fast.data import load_dataset
@@ -111,6 +111,13 @@ def test_file_replays_in_its_environment(tmp_path):
             observation = env.reset(5 + episode)
     env.close()
     assert episode > 0
+
+
+def test_environment_that_reuses_its_arrays(tmp_path):
+    env_id = register("TTInPlace-v0", InPlaceEnv, disable_env_checker=True)
+    dataset = load_dataset(collect(env_id, "random", 5, tmp_path / "data.hdf5", progress=False))
+    np.testing.assert_array_equal(dataset.observations[:, 0], np.arange(5))
+    assert (dataset.actions <= 1).all()
 
 
 def test_time_limits_and_the_cut_last_episode_are_timeouts(tmp_path):

@@ -10,7 +10,15 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from toy_env import ACTION_DIM, OBSERVATION_DIM, ScriptedPlanner, ToyEnv, register, register_toy
+from toy_env import (
+    ACTION_DIM,
+    OBSERVATION_DIM,
+    InPlaceEnv,
+    ScriptedPlanner,
+    ToyEnv,
+    register,
+    register_toy,
+)
 
 from tt_fast.checkpoint import Checkpoint
 from tt_fast.config import ModelConfig, PlanConfig
@@ -126,6 +134,12 @@ def test_record_replays_in_the_environment():
     env = ToyEnv()
     observations = [env.reset(seed=9)[0]] + [env.step(action)[0] for action in record.actions]
     np.testing.assert_array_equal(record.observations, observations)
+
+
+def test_record_of_an_environment_that_reuses_its_arrays():
+    record = play(env_id=None, env=InPlaceEnv(), max_steps=9, record=True).record
+    np.testing.assert_array_equal(record.observations[:, 0], np.arange(6))
+    assert (record.actions <= 1).all()
 
 
 def test_mujoco_states_are_recorded():

@@ -43,6 +43,26 @@ class ToyEnv(gymnasium.Env[Any, Any]):
         return self.np_random.uniform(-1.0, 1.0, OBSERVATION_DIM)
 
 
+class InPlaceEnv(gymnasium.Env[Any, Any]):
+    """Reuses the array of its observation, which counts steps, and writes to the actions given."""
+
+    observation_space = Box(-10.0, 10.0, (OBSERVATION_DIM,), np.float64)
+    action_space = Box(-1.0, 1.0, (ACTION_DIM,), np.float32)
+
+    def __init__(self, render_mode: str | None = None) -> None:
+        self._observation = np.zeros(OBSERVATION_DIM)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        self._observation[:] = 0
+        return self._observation, {}
+
+    def step(self, action: Any) -> Any:
+        action[:] = 7
+        self._observation += 1
+        return self._observation, 0.0, self._observation[0] == 5, False, {}
+
+
 def register(env_id: str, entry_point: Any, **kwargs: Any) -> str:
     """Register an environment once; its id."""
     if env_id not in gymnasium.registry:

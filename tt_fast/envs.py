@@ -65,7 +65,8 @@ class ControlEnv:
 
     def step(self, action: NDArray[np.float32]) -> StepResult:
         """Apply an action (action_dim,)."""
-        observation, reward, terminated, truncated, _ = self.env.step(action)
+        # a copy: environments may scale or clip what they are given in place
+        observation, reward, terminated, truncated, _ = self.env.step(action.copy())
         return StepResult(self._trim(observation), float(reward), bool(terminated), bool(truncated))
 
     def mujoco_state(self) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
@@ -269,5 +270,5 @@ def _make_gymnasium(env_id: str, render_mode: str | None) -> Any:
 
 
 def _trimmed(observation: Any, env_id: str) -> NDArray[np.float64]:
-    # (width of the environment's,) -> (observation_dim,)
-    return np.asarray(trim_observations(np.asarray(observation), env_id), dtype=np.float64)
+    # (width of the environment's,) -> (observation_dim,), a copy: environments may reuse theirs
+    return np.array(trim_observations(np.asarray(observation), env_id), dtype=np.float64)
