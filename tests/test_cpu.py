@@ -327,7 +327,7 @@ def test_changed_weights_are_used() -> None:
     assert_same_plan(after, fresh)
 
 
-@pytest.mark.parametrize("how", ["fused", "data"])
+@pytest.mark.parametrize("how", ["fused", "data", "order"])
 def test_weights_changed_behind_autograds_back_are_used(how: str) -> None:
     """Neither raises a tensor's version."""
     backend = tiny_backend()
@@ -337,8 +337,10 @@ def test_weights_changed_behind_autograds_back_are_used(how: str) -> None:
     if how == "fused":
         head.grad = torch.ones_like(head)
         torch.optim.AdamW([head], lr=0.1, fused=True).step()
-    else:
+    elif how == "data":
         head.data.mul_(0.5)
+    else:
+        head.data.copy_(head.data.flip(1))
     assert head._version == version
     after = backend.plan([context()], CONFIG, DRAWS)
     assert before.scores[0] != after.scores[0]

@@ -21,7 +21,7 @@ from tt_fast.planning import BeamPlan, cuda, make_backend, search
 from tt_fast.planning.base import Draws
 from tt_fast.planning.cuda import CudaBackend
 from tt_fast.planning.cuda_memory import model_shape, plan_bytes, plan_shape
-from tt_fast.planning.fingerprint import sum_of_bytes
+from tt_fast.planning.fingerprint import weighted_sum
 from tt_fast.planning.reference import ReferenceBackend
 
 D = OBSERVATION_DIM + ACTION_DIM + 2
@@ -194,11 +194,12 @@ def test_a_first_plan_in_inference_mode_spoils_none() -> None:
     np.testing.assert_array_equal(again.tokens, first.tokens)
 
 
-def test_a_flipped_sign_shows_on_a_gpu() -> None:
-    weights = [torch.tensor([1.0, -2.0, 3.0]), torch.ones(2, 2, dtype=torch.bfloat16)]
-    before = sum_of_bytes(weights)
-    weights[0].data[2] = -3.0
-    assert sum_of_bytes(weights) != before
+def test_a_flipped_sign_and_swaps_show_on_a_gpu() -> None:
+    weights = [torch.tensor([1.0, -2.0, 2.0, 3.0]), torch.ones(3, dtype=torch.bfloat16)]
+    first, other = weights
+    changed = [first * torch.tensor([1.0, 1.0, 1.0, -1.0]), first[[0, 2, 1, 3]], first.flip(0)]
+    found = [weighted_sum(w) for w in (weights, *([c, other] for c in changed), [other, first])]
+    assert len(set(found)) == 5
 
 
 def test_a_search_that_cannot_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
