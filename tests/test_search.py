@@ -136,7 +136,33 @@ def test_bfloat16_is_near_float32(backend: str) -> None:
     assert low.scores[0] == pytest.approx(full.scores[0], abs=0.2 * spread)
 
 
-def test_training_mode_is_put_back(backend: str) -> None:
+@pytest.mark.parametrize("mode", [False, True])
+def test_plans_neither_change_nor_follow_the_models_mode(backend: str, mode: bool) -> None:
+    """Another thread may plan with it, or train it."""
+    model = tiny_model().train(mode)
+    modes = []
+
+    def toggle(probs: np.ndarray[Any, Any]) -> tuple[Any, Any]:
+        modes.append(model.training)
+        model.train(not model.training)
+        return np.zeros(len(probs)), np.zeros(len(probs))
+
+    def zeros(probs: np.ndarray[Any, Any]) -> tuple[Any, Any]:
+        return np.zeros(len(probs)), np.zeros(len(probs))
+
+    def plan_with(value_fn: Any) -> Any:
+        contexts, config = context()[None], plan_config()
+        return beam_plan(
+            model, tiny_discretizer(), contexts, config, backend=backend, value_fn=value_fn
+        )
+
+    toggled = plan_with(toggle)
+    assert modes == [mode, not mode, mode]
+    assert model.training is not mode
+    np.testing.assert_array_equal(toggled.tokens, plan_with(zeros).tokens)
+
+
+def test_training_mode_is_left_alone(backend: str) -> None:
     model = tiny_model().train()
     first = beam_plan(model, tiny_discretizer(), context()[None], plan_config(), backend=backend)
     assert model.training

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,7 @@ class ReferenceBackend:
     """Plans with a full forward pass per token.
 
     Args:
-        model: any device; put into eval mode while it plans, then back.
+        model: any device; plans see it in eval mode, whatever its own.
         discretizer: its thresholds turn probabilities into rewards; `search` needs none.
     """
 
@@ -54,11 +53,11 @@ class ReferenceBackend:
         dims = self.model.config
         num_draws = config.num_draws(dims.observation_dim, dims.action_dim)
         plans = []
-        with _evaluated(self.model, config.dtype) as model:
-            decoder = self.make_decoder(model, window_len(model, config))
-            for i, context in enumerate(contexts):
-                uniforms = draws.uniforms(i, num_draws, config.num_rows)
-                plans.append(_BeamPlanner(self, decoder, config, uniforms, value_fn).run(context))
+        model = _evaluated(self.model, config.dtype)
+        decoder = self.make_decoder(model, window_len(model, config))
+        for i, context in enumerate(contexts):
+            uniforms = draws.uniforms(i, num_draws, config.num_rows)
+            plans.append(_BeamPlanner(self, decoder, config, uniforms, value_fn).run(context))
         tokens, scores, rewards, values, traces = zip(*plans, strict=True)
         return BeamPlan(
             np.stack(tokens), np.array(scores), np.stack(rewards), np.stack(values),
@@ -102,23 +101,23 @@ class ReferenceBackend:
         temperature: float,
     ) -> BeamSequence:
         """See `PlanBackend.search` (core.py:98-131); crops at the model's own window."""
-        with _evaluated(self.model, "float32") as model:
-            device = model.pos_emb.device
-            x = torch.from_numpy(context)[None].to(device)
-            wanted = None if goal is None else torch.from_numpy(goal).to(device)
-            total = torch.zeros(1, 1, device=device)
-            for _ in range(num_tokens):
-                goals = None if wanted is None else wanted.expand(len(x), -1)
-                logits = last_logits(model, x, model.config.block_size, goals)
-                logits = heated(logits, temperature)
-                log_probs = truncate(logits, top_k, cdf).log_softmax(dim=-1)
-                candidates = total + log_probs  # (beams, vocab_size + 1)
-                kept = min(int((candidates > -math.inf).sum()), beam_width)
-                ordered, order = candidates.flatten().sort(descending=True, stable=True)
-                num_ids = candidates.shape[1]
-                rows, tokens = order[:kept] // num_ids, order[:kept] % num_ids
-                x = torch.cat([x[rows], tokens[:, None]], dim=1)
-                total = ordered[:kept, None]
+        model = _evaluated(self.model, "float32")
+        device = model.pos_emb.device
+        x = torch.from_numpy(context)[None].to(device)
+        wanted = None if goal is None else torch.from_numpy(goal).to(device)
+        total = torch.zeros(1, 1, device=device)
+        for _ in range(num_tokens):
+            goals = None if wanted is None else wanted.expand(len(x), -1)
+            logits = last_logits(model, x, model.config.block_size, goals)
+            logits = heated(logits, temperature)
+            log_probs = truncate(logits, top_k, cdf).log_softmax(dim=-1)
+            candidates = total + log_probs  # (beams, vocab_size + 1)
+            kept = min(int((candidates > -math.inf).sum()), beam_width)
+            ordered, order = candidates.flatten().sort(descending=True, stable=True)
+            num_ids = candidates.shape[1]
+            rows, tokens = order[:kept] // num_ids, order[:kept] % num_ids
+            x = torch.cat([x[rows], tokens[:, None]], dim=1)
+            total = ordered[:kept, None]
         return BeamSequence(x[0].cpu().numpy(), total[:, 0].cpu().numpy())
 
 
@@ -254,12 +253,12 @@ def window_start(num_tokens: int, max_len: int, transition_dim: int) -> int:
     return -(-max(0, num_tokens - max_len) // transition_dim) * transition_dim
 
 
-@contextmanager
-def _evaluated(model: TrajectoryTransformer, dtype: str) -> Iterator[TrajectoryTransformer]:
-    """The model in eval mode, in `dtype`; its own mode is put back."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield model if dtype == "float32" else copy.deepcopy(model).to(torch.bfloat16)
-    finally:
-        model.train(was_training)
+def _evaluated(model: TrajectoryTransformer, dtype: str) -> TrajectoryTransformer:
+    """A copy in eval mode, in `dtype`; in float32 it shares the weights.
+
+    The model's own mode stays as it is: other threads may plan with it, or train it.
+    """
+    if dtype == "bfloat16":
+        return copy.deepcopy(model).to(torch.bfloat16).eval()
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared).eval()
