@@ -8,13 +8,14 @@ import triton
 import triton.language as tl
 
 from tt_fast.kernels.layout import ModelShape, Tree, Weights
-from tt_fast.kernels.rows import layer_norm, linear, norm_of
+from tt_fast.kernels.rows import norm_linear, norm_of, product_block
 
 
 @triton.jit(do_not_specialize=["layer", "per_count", "num_nodes"])
 def layer_norm_qkv_kernel(
     h_ptr, node_ptr, q_ptr, keys_ptr, values_ptr, weights, layer, count_ptr, per_count,
     num_nodes, model: tl.constexpr, M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N columns of one of the three, for M rows. Rows without a node (-1) keep only q."""
     num_rows = tl.load(count_ptr) * per_count
@@ -23,15 +24,14 @@ def layer_norm_qkv_kernel(
         return
     live = row < num_rows
     which = tl.program_id(2)
-    first = tl.program_id(1) * BLOCK_N
-    place = row[:, None] * model.embed + tl.arange(0, model.embed)[None, :]
-    h = tl.load(h_ptr + place, mask=live[:, None], other=0.0)
-    x = layer_norm(h, norm_of(weights, layer, 0, model), model)
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     matrix = weights.qkv + (layer * 3 + which) * model.embed * model.width
     bias = weights.qkv_bias + (layer * 3 + which) * model.width
     WIDTH: tl.constexpr = model.width
-    out = linear(x, matrix, bias, first, BLOCK_N, WIDTH, model)
-    column = first + tl.arange(0, BLOCK_N)[None, :]
+    norm = norm_of(weights, layer, 0, model)
+    out = norm_linear(h_ptr, row, live, norm, matrix, column, WIDTH, BLOCK_K, model)
+    out += tl.load(bias + column)[None, :]
+    column = column[None, :]
     if which == 0:
         tl.store(q_ptr + row[:, None] * model.width + column, out, mask=live[:, None])
     else:
@@ -67,5 +67,5 @@ def layer_norm_qkv(
     grid = (triton.cdiv(len(h), M), model.width // block, 3)
     layer_norm_qkv_kernel[grid](
         h, node, q, tree.key_cache, tree.value_cache, weights, layer, count, per_count, num_nodes,
-        model, M=M, BLOCK_N=block, enable_fp_fusion=True,
+        model, M=M, BLOCK_N=block, BLOCK_K=product_block(model), enable_fp_fusion=True,
     )  # fmt: skip

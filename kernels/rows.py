@@ -8,6 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from tt_fast.kernels.layout import ModelShape
+
 
 @triton.jit
 def matmul(x, matrix, model: tl.constexpr):
@@ -36,15 +38,30 @@ def embed(weights, token, dim, position, mask, model: tl.constexpr):
 
 
 @triton.jit
-def layer_norm(h, gamma_beta, model: tl.constexpr):
-    """LayerNorm over the true width; gamma_beta points at (2, embed)."""
-    column = tl.arange(0, model.embed)
+def moments(h, model: tl.constexpr):
+    """Mean and 1 / standard deviation, both (M, 1), over the true width."""
+    column = tl.arange(0, model.embed)[None, :]
     mean = tl.sum(h, axis=1)[:, None] / model.embed_dim
-    centred = tl.where(column[None, :] < model.embed_dim, h - mean, 0.0)
+    centred = tl.where(column < model.embed_dim, h - mean, 0.0)
     variance = tl.sum(centred * centred, axis=1)[:, None] / model.embed_dim
+    return mean, tl.rsqrt(variance + 1e-5)
+
+
+@triton.jit
+def normalized(h, mean, scale, gamma_beta, first, N: tl.constexpr, model: tl.constexpr):
+    """LayerNorm of columns [first, first + N), which are h; gamma_beta is zero in padding."""
+    column = first + tl.arange(0, N)
     gamma = tl.load(gamma_beta + column)[None, :]
     beta = tl.load(gamma_beta + model.embed + column)[None, :]
-    return centred * tl.rsqrt(variance + 1e-5) * gamma + beta
+    return (h - mean) * scale * gamma + beta
+
+
+@triton.jit
+def layer_norm(h, gamma_beta, model: tl.constexpr):
+    """LayerNorm over the true width; gamma_beta points at (2, embed)."""
+    EMBED: tl.constexpr = model.embed
+    mean, scale = moments(h, model)
+    return normalized(h, mean, scale, gamma_beta, 0, EMBED, model)
 
 
 @triton.jit
@@ -67,3 +84,31 @@ def linear(
     column = first + tl.arange(0, N)
     tile = tl.load(matrix + tl.arange(0, model.embed)[:, None] * ld + column[None, :])
     return matmul(x, tile, model) + tl.load(bias + column)[None, :]
+
+
+@triton.jit
+def norm_linear(
+    h_ptr, row, live, gamma_beta, matrix, column, ld: tl.constexpr, BLOCK_K: tl.constexpr,
+    model: tl.constexpr,
+):  # fmt: skip
+    """layer_norm(h) @ matrix: rows (M,) of h in memory, columns (N,) of a matrix (embed, ld).
+
+    BLOCK_K columns of h at a time: of a wide model, whole tiles fit no registers.
+    """
+    EMBED: tl.constexpr = model.embed
+    h_row, live = h_ptr + row[:, None] * EMBED, live[:, None]
+    mean, scale = moments(
+        tl.load(h_row + tl.arange(0, EMBED)[None, :], mask=live, other=0.0), model
+    )
+    out = tl.full((row.shape[0], column.shape[0]), 0.0, tl.float32)
+    for first in tl.range(0, EMBED, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        h = tl.load(h_row + k[None, :], mask=live, other=0.0)
+        x = normalized(h, mean, scale, gamma_beta, first, BLOCK_K, model)
+        out += matmul(x, tl.load(matrix + k[:, None] * ld + column[None, :]), model)
+    return out
+
+
+def product_block(model: ModelShape) -> int:
+    """Columns a step of `norm_linear`; larger tiles of float32 do not fit registers."""
+    return min(model.embed, 128 if model.is_bf16 else 32)

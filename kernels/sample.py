@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from tt_fast.kernels.layout import ModelShape, PlanShape, Tree, Weights
-from tt_fast.kernels.rows import layer_norm, matmul
+from tt_fast.kernels.rows import layer_norm, matmul, norm_linear, product_block
 
 #: What a token removed by its probability gets, as in the original (sampling.py:15-28).
 REMOVED = tl.constexpr(-1000.0)
@@ -192,18 +192,18 @@ def sample_rows(
 @triton.jit(do_not_specialize=["dim", "num_rows"])
 def logits_kernel(
     h_ptr, logits_ptr, weights, dim, num_rows,
-    model: tl.constexpr, M: tl.constexpr, BLOCK_N: tl.constexpr,
+    model: tl.constexpr, M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N logits of M rows, -inf past num_ids."""
     row = tl.program_id(0) * M + tl.arange(0, M)
-    live = (row < num_rows)[:, None]
-    place = row[:, None] * model.embed + tl.arange(0, model.embed)[None, :]
-    x = layer_norm(tl.load(h_ptr + place, mask=live, other=0.0), weights.last_norm, model)
-    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    live = row < num_rows
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     matrix = weights.head + dim * model.embed * model.ids
-    tile = tl.load(matrix + tl.arange(0, model.embed)[:, None] * model.ids + column)
-    out = tl.where(column < model.num_ids, matmul(x, tile, model), float("-inf"))
-    tl.store(logits_ptr + row[:, None] * model.ids + column, out, mask=live)
+    IDS: tl.constexpr = model.ids
+    out = norm_linear(h_ptr, row, live, weights.last_norm, matrix, column, IDS, BLOCK_K, model)
+    column = column[None, :]
+    out = tl.where(column < model.num_ids, out, float("-inf"))
+    tl.store(logits_ptr + row[:, None] * model.ids + column, out, mask=live[:, None])
 
 
 def logits(
@@ -223,8 +223,9 @@ def logits(
     block = min(model.ids, 64 if model.is_bf16 else 32)
     grid = (triton.cdiv(num_rows, M), model.ids // block)
     logits_kernel[grid](
-        h, out, weights, dim, num_rows, model, M=M, BLOCK_N=block, enable_fp_fusion=True
-    )
+        h, out, weights, dim, num_rows, model, M=M, BLOCK_N=block, BLOCK_K=product_block(model),
+        enable_fp_fusion=True,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["step", "out_dim", "num_envs", "rows_per_env"])
