@@ -84,7 +84,8 @@ def make_bench(dtype: Dtype, num_envs: int) -> Bench:
         return torch.randn(rows, width, generator=generator).to(session.device)
 
     nodes = torch.full((rows,), -1, dtype=torch.int32, device=session.device)
-    scratch = Scratch(random(model.embed), random(model.width), random(model.width), nodes)
+    widths = (model.embed, model.width, model.width, model.hidden)
+    scratch = Scratch(*map(random, widths), nodes)
     scratch.h[:, model.embed_dim :] = 0.0
     one = torch.ones(1, dtype=torch.int32, device=session.device)
     out = torch.zeros(rows, model.ids, device=session.device)
@@ -100,7 +101,7 @@ def check_dense(bench: Bench, dtype: Dtype) -> None:
     Raises:
         WrongAnswer: else.
     """
-    session, (h, _, attended, node) = bench.session, bench.scratch
+    session, (h, _, attended, hidden, node) = bench.session, bench.scratch
     model, w = session.model, session.weights
     q, after = torch.zeros_like(attended), h.clone()
     layer_norm_qkv(h, node, q, session.buffers.trees[0], w, 0, bench.one, bench.rows, model)
@@ -110,7 +111,7 @@ def check_dense(bench: Bench, dtype: Dtype) -> None:
         normed(h, w.norms[0, :2]) @ w.qkv[0, 0].double() + w.qkv_bias[0, 0],
         dtype,
     )
-    mlp(after, attended, w, 0, bench.one, bench.rows, model)
+    mlp(after, attended, hidden, w, 0, bench.one, bench.rows, model)
     _compare("mlp", after, second_half(bench), dtype)
     logits(h, bench.logits, w, 0, bench.rows, model)
     want = normed(h, w.last_norm) @ w.head[0].double()
@@ -119,7 +120,7 @@ def check_dense(bench: Bench, dtype: Dtype) -> None:
 
 def second_half(bench: Bench) -> Tensor:
     """A block after its attention, of the first layer, in float64."""
-    w, (h, _, attended, _) = bench.session.weights, bench.scratch
+    w, (h, _, attended, _, _) = bench.session.weights, bench.scratch
     x = h.double() + attended.double() @ w.proj[0].double() + w.out_bias[0, 0]
     hidden = F.gelu(normed(x, w.norms[0, 2:]) @ w.up[0].double() + w.up_bias[0])
     out: Tensor = x + hidden @ w.down[0].double() + w.out_bias[0, 1]
@@ -150,7 +151,7 @@ def launches(bench: Bench) -> dict[str, Callable[[], None]]:
 
 def row_launches(bench: Bench) -> dict[str, Callable[[], None]]:
     """A token of all candidates."""
-    s, (h, q, attended, node) = bench.session, bench.scratch
+    s, (h, q, attended, hidden, node) = bench.session, bench.scratch
     tree, draws, step = s.buffers.trees[0], s.buffers.draws, s.plan.first_step
     rows, dim = s.plan.num_rows, s.model.observation_dim
     changed = h.clone()
@@ -168,7 +169,7 @@ def row_launches(bench: Bench) -> dict[str, Callable[[], None]]:
             h, node, q, tree, s.weights, 0, bench.one, bench.rows, s.model
         ),
         "decode_attention": attend,
-        "mlp": lambda: mlp(changed, attended, s.weights, 0, bench.one, bench.rows, s.model),
+        "mlp": lambda: mlp(changed, attended, hidden, s.weights, 0, bench.one, bench.rows, s.model),
         "logits": lambda: logits(h, bench.logits, s.weights, dim, bench.rows, s.model),
         "sample": draw,
     }
@@ -195,7 +196,7 @@ def plan_launches(bench: Bench) -> dict[str, Callable[[], None]]:
 
     def attend() -> None:
         rows = len(nodes) * s.model.visible
-        _, q, out, _ = (buffer[:rows] for buffer in s.buffers.scratch)
+        _, q, out, _, _ = (buffer[:rows] for buffer in s.buffers.scratch)
         tree_attention(nodes, found, q, out, other, 0, last + 1, s.num_envs, s.model, s.plan)
 
     ranked = {

@@ -12,7 +12,7 @@ from tt_fast.kernels.layer_norm_qkv import layer_norm_qkv
 from tt_fast.kernels.layout import Machine, ModelShape, PlanShape, Tree, Weights, node_at, past_at
 from tt_fast.kernels.mlp import mlp
 from tt_fast.kernels.prefill import Scratch
-from tt_fast.kernels.rows import embed
+from tt_fast.kernels.rows import embed, embed_rows
 from tt_fast.kernels.sample import DrawFlags, Draws, logits, sample
 from tt_fast.kernels.segment import Segment
 
@@ -73,10 +73,11 @@ def run_layerwise(
         flags: compile-time choices.
     """
     rows = num_envs * rows_per_env
-    h, q, attended, node = (buffer[:rows] for buffer in newest.scratch)
+    h, q, attended, hidden, node = (buffer[:rows] for buffer in newest.scratch)
+    M = min(16, embed_rows(model))
     for dim in range(segment.first_dim, segment.last_dim + 1):
-        embed_newest_kernel[(triton.cdiv(rows, 16),)](
-            h, node, tree, weights, step, dim, num_envs, rows_per_env, model, plan, M=16,
+        embed_newest_kernel[(triton.cdiv(rows, M),)](
+            h, node, tree, weights, step, dim, num_envs, rows_per_env, model, plan, M=M,
             enable_fp_fusion=True,
         )  # fmt: skip
         for layer in range(model.num_layers):
@@ -84,7 +85,7 @@ def run_layerwise(
             decode_attention(
                 q, attended, tree, layer, step, dim, num_envs, rows_per_env, machine, model, plan
             )
-            mlp(h, attended, weights, layer, newest.one, rows, model)
+            mlp(h, attended, hidden, weights, layer, newest.one, rows, model)
         if dim == segment.last_dim or not segment.is_given:
             head = dim % model.transition_dim
             logits(h, newest.logits, weights, head, rows, model)

@@ -26,7 +26,7 @@ from tt_fast.kernels.layout import (
     past_at,
 )
 from tt_fast.kernels.mlp import mlp
-from tt_fast.kernels.rows import embed, matmul
+from tt_fast.kernels.rows import embed, embed_rows, matmul
 
 
 class Scratch(NamedTuple):
@@ -38,6 +38,8 @@ class Scratch(NamedTuple):
     """(max_rows, width) float32"""
     attended: Any
     """(max_rows, width) float32"""
+    hidden: Any
+    """(max_rows, hidden) float32, no rows where `fits_mlp`"""
     node: Any
     """(max_rows,) int32"""
 
@@ -162,15 +164,16 @@ def prefill(
         scratch: activations; its max_rows is at least max_nodes * visible.
     """
     rows, per_node = len(nodes) * model.visible, model.visible
-    h, q, attended, node = (buffer[:rows] for buffer in scratch)
+    h, q, attended, hidden, node = (buffer[:rows] for buffer in scratch)
     M = machine.row_tile
-    grid = (triton.cdiv(rows, M),)
-    embed_nodes_kernel[grid](
-        nodes, count, h, node, tree, weights, current, model, plan, M=M, enable_fp_fusion=True
-    )
+    embedded = min(M, embed_rows(model))
+    embed_nodes_kernel[(triton.cdiv(rows, embedded),)](
+        nodes, count, h, node, tree, weights, current, model, plan, M=embedded,
+        enable_fp_fusion=True,
+    )  # fmt: skip
     for layer in range(model.num_layers):
         layer_norm_qkv(h, node, q, tree, weights, layer, count, per_node, model, M)
         if layer == model.num_layers - 1:
             return
         tree_attention(nodes, count, q, attended, tree, layer, current, num_envs, model, plan)
-        mlp(h, attended, weights, layer, count, per_node, model, M)
+        mlp(h, attended, hidden, weights, layer, count, per_node, model, M)

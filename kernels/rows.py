@@ -109,6 +109,11 @@ def norm_linear(
     return out
 
 
+def embed_rows(model: ModelShape) -> int:
+    """The most rows of a program that embeds tokens: so many fit registers."""
+    return 8192 // model.embed
+
+
 def product_block(model: ModelShape) -> int:
     """Columns a step of `norm_linear`; larger tiles of float32 do not fit registers."""
     return min(model.embed, 128 if model.is_bf16 else 32)

@@ -11,6 +11,7 @@ import pytest
 
 KERNELS = (
     "segment", "mlp", "layer_norm_qkv", "tree_attention", "rank", "advance",
+    "mlp_up", "add_product", "logits", "decode_attention",
     "head_loss", "head_loss_dx", "head_loss_dw",
 )  # fmt: skip
 

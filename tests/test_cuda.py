@@ -299,6 +299,25 @@ def test_an_old_gpu_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         make_backend("cuda", tiny_model(), tiny_discretizer())
 
 
+@pytest.mark.parametrize(
+    ("embed_dim", "num_heads", "message"),
+    [
+        (2048, 8, None),
+        (2064, 8, "embed_dim is 2064, and at most 2048 is served"),
+        (520, 2, "embed_dim / num_heads is 260, and at most 256 is served"),
+    ],
+)
+def test_too_wide_a_model_is_said(
+    embed_dim: int, num_heads: int, message: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "is_interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    sizes = replace(tiny_model().config, embed_dim=embed_dim, num_heads=num_heads)
+    model = SimpleNamespace(pos_emb=torch.zeros(1), config=sizes)
+    assert cuda.why_unavailable(model) == message
+
+
 def test_no_triton_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "triton", None)
     with pytest.raises(ValueError, match=r"triton is not installed \(pip install"):

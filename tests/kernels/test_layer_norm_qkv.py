@@ -55,7 +55,7 @@ def check(case: Case, count: int, per_count: int, M: int = 16) -> None:
 
 
 @pytest.mark.parametrize(
-    ("embed_dim", "num_heads"), [(11, 1), (33, 3), (48, 3), (72, 3), (72, 1), (160, 5)]
+    ("embed_dim", "num_heads"), [(11, 1), (33, 3), (48, 3), (72, 3), (72, 1), (160, 5), (270, 5)]
 )
 def test_odd_widths(embed_dim: int, num_heads: int) -> None:
     case = make_case(embed_dim=embed_dim, num_heads=num_heads, num_layers=2)

@@ -8,7 +8,7 @@ import torch
 from kernel_cases import Case, assert_exact_enough, make_case
 from torch import Tensor
 
-from tt_fast.kernels.mlp import mlp
+from tt_fast.kernels.mlp import fits_mlp, mlp
 
 pytestmark = pytest.mark.usefixtures("quick_interpreter")
 
@@ -24,6 +24,12 @@ def random_rows(case: Case) -> tuple[Tensor, Tensor]:
     return h, twins.pad_heads(attended, case.model, case.shape)
 
 
+def make_hidden(case: Case) -> Tensor:
+    """As a session has it."""
+    rows = 0 if fits_mlp(case.shape) else MAX_ROWS
+    return torch.full((rows, case.shape.hidden), torch.nan)
+
+
 def check(case: Case, count: int, per_count: int = 1, M: int = 16) -> None:
     h, attended = random_rows(case)
     counts, last = torch.tensor([count], dtype=torch.int32), case.shape.num_layers - 1
@@ -36,7 +42,7 @@ def check(case: Case, count: int, per_count: int = 1, M: int = 16) -> None:
     exact = twin(torch.float64)
     plain = twin(torch.bfloat16 if case.shape.is_bf16 else torch.float32)
     got = h.clone()
-    mlp(got, attended, case.weights, last, counts, per_count, case.shape, M)
+    mlp(got, attended, make_hidden(case), case.weights, last, counts, per_count, case.shape, M)
     live = count * per_count
     assert torch.equal(got[live:], h[live:])
     assert torch.equal(got[:, case.shape.embed_dim :], h[:, case.shape.embed_dim :])
@@ -60,8 +66,25 @@ def test_no_rows() -> None:
     case = make_case()
     h, attended = random_rows(case)
     got = h.clone()
-    mlp(got, attended, case.weights, 0, torch.zeros(1, dtype=torch.int32), 5, case.shape)
+    mlp(
+        got,
+        attended,
+        make_hidden(case),
+        case.weights,
+        0,
+        torch.zeros(1, dtype=torch.int32),
+        5,
+        case.shape,
+    )
     assert torch.equal(got, h)
+
+
+@pytest.mark.parametrize("precision", ["ieee", "bf16 in float32"])
+def test_a_launch_per_product(precision: str) -> None:
+    """Width, hidden columns and heads are all padded."""
+    case = make_case(embed_dim=270, num_heads=5, precision=precision)
+    assert not fits_mlp(case.shape)
+    check(case, count=9, per_count=2)
 
 
 @pytest.mark.parametrize("M", [16, 32, 64])

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("quick_interpreter")
 def make_scratch(case: Case, max_nodes: int) -> Scratch:
     """Of no more rows than needed, NaN."""
     shape, rows = case.shape, max_nodes * case.shape.visible
-    widths = (shape.embed, shape.width, shape.width)
+    widths = (shape.embed, shape.width, shape.width, shape.hidden)
     node = torch.full((rows,), -9, dtype=torch.int32)
     return Scratch(*(torch.full((rows, width), torch.nan) for width in widths), node)
 

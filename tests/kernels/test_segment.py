@@ -70,7 +70,7 @@ def fused(case: Case, segment: Segment, tree: Tree, draws: Draws, step: int, row
 def layerwise(case: Case, segment: Segment, tree: Tree, draws: Draws, step: int, rows: int,
               machine: Machine) -> None:  # fmt: skip
     shape, count = case.shape, case.num_envs * case.plan.num_rows
-    widths = (shape.embed, shape.width, shape.width)
+    widths = (shape.embed, shape.width, shape.width, shape.hidden)
     buffers = (torch.full((count, width), torch.nan) for width in widths)
     scratch = Scratch(*buffers, torch.full((count,), -9, dtype=torch.int32))
     logits = torch.full((count, shape.ids), torch.nan)

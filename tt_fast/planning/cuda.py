@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from tt_fast.config import PlanConfig
+from tt_fast.config import ModelConfig, PlanConfig
 from tt_fast.discretizer import Discretizer, Tokens
 from tt_fast.kernels.machine import MIN_CAPABILITY, is_interpreted
 from tt_fast.model import TrajectoryTransformer
@@ -32,10 +32,12 @@ if TYPE_CHECKING:
 MAX_SESSIONS = 8
 #: Offsets inside one layer's keys are 32-bit.
 MAX_INDEX = 2**31 - 1
+#: Wider rows would not fit registers, wider heads not shared memory.
+MAX_EMBED_DIM, MAX_HEAD_DIM = 2048, 256
 
 
 def why_unavailable(model: TrajectoryTransformer | None = None) -> str | None:
-    """Why this machine cannot run the backend; None if it can.
+    """Why this machine cannot run the backend, or not with this model; None if it can.
 
     Args:
         model: the GPU that it is on is asked; the current one for a model elsewhere.
@@ -53,6 +55,16 @@ def why_unavailable(model: TrajectoryTransformer | None = None) -> str | None:
     capability = torch.cuda.get_device_capability(device if on_gpu else None)
     if capability < MIN_CAPABILITY:
         return f"the GPU has compute capability {capability}, and 8.0 is needed"
+    return None if model is None else _why_too_wide(model.config)
+
+
+def _why_too_wide(model: ModelConfig) -> str | None:
+    """What its kernels could not hold; None if they can."""
+    head_dim = model.embed_dim // model.num_heads
+    if model.embed_dim > MAX_EMBED_DIM:
+        return f"embed_dim is {model.embed_dim}, and at most {MAX_EMBED_DIM} is served"
+    if head_dim > MAX_HEAD_DIM:
+        return f"embed_dim / num_heads is {head_dim}, and at most {MAX_HEAD_DIM} is served"
     return None
 
 
@@ -90,7 +102,7 @@ class CudaBackend(TorchBackend):
         use_graphs: False launches kernels one by one, for debugging.
 
     Raises:
-        ValueError: no GPU of compute capability 8.0 or more, or no triton.
+        ValueError: no GPU of compute capability 8.0 or more, no triton, or too wide a model.
     """
 
     name = "cuda"

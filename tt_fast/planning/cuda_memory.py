@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from tt_fast.config import ModelConfig, PlanConfig
 from tt_fast.kernels.layerwise import Newest
 from tt_fast.kernels.layout import ModelShape, PlanShape, Tree, Weights
+from tt_fast.kernels.mlp import fits_mlp
 from tt_fast.kernels.prefill import Scratch
 from tt_fast.kernels.sample import DrawFlags, Draws
 from tt_fast.kernels.segment import fits_segment
@@ -166,7 +167,8 @@ def make_buffers(
 
     def scratch(rows: int) -> Scratch:
         widths = (model.embed, model.width, model.width)
-        return Scratch(*(zeros(rows, width) for width in widths), ints(rows))
+        hidden = zeros(0 if fits_mlp(model) else rows, model.hidden)
+        return Scratch(*(zeros(rows, width) for width in widths), hidden, ints(rows))
 
     double, rows = torch.float64, num_envs * plan.num_rows
     max_nodes = num_envs * plan.num_beams * plan.max_past if plan.crops else 0
@@ -226,6 +228,7 @@ def plan_bytes(model: ModelShape, plan: PlanShape, num_envs: int) -> int:
     kept = 2 if model.is_bf16 else 4
     encoded = plan.num_beams * plan.max_past * model.visible if plan.crops else 0
     decoded = 0 if fits_segment(model) else plan.num_rows
-    activations = (encoded + decoded) * (model.embed + 2 * model.width + 1)
+    hidden = 0 if fits_mlp(model) else model.hidden
+    activations = (encoded + decoded) * (model.embed + 2 * model.width + hidden + 1)
     tokens = plan.num_steps * plan.num_rows * model.transition_dim
     return int(num_envs * (2 * kept * cache + 4 * activations + 4 * tokens))
