@@ -181,7 +181,7 @@ def plan_launches(bench: Bench) -> dict[str, Callable[[], None]]:
     horizon, last = s.plan.horizon, s.plan.num_steps - 1
     scores, nodes = s.buffers.scores, s.buffers.nodes
     tree, other = s.buffers.trees[(horizon - 1) % 2], s.buffers.trees[horizon % 2]
-    found = s.buffers.counts[horizon : horizon + 1].clone()
+    found = s.buffers.counts[horizon, :1].clone()
     count = torch.zeros_like(found)
 
     def select() -> None:

@@ -149,7 +149,8 @@ class Buffers:
     nodes: Tensor
     """(num_envs * num_beams * max_past,) int32"""
     counts: Tensor
-    """(horizon + 1,) int32: of context_nodes, then of nodes after each planned step"""
+    """(horizon + 1, 4) int32, the first of four: of context_nodes, then of nodes after each planned
+    step. Kernels are compiled once for pointers to 16 bytes, and again for others"""
     scratch: Scratch
     newest: Newest
 
@@ -193,7 +194,7 @@ def make_buffers(
     newest = Newest(scratch(decoded), zeros(decoded, model.ids), ints(1) + 1)
     return Buffers(
         (first, second), draws, scores, ints(num_envs * plan.first_step), ints(max_nodes),
-        ints(plan.horizon + 1), scratch(encoded), newest,
+        ints(plan.horizon + 1, 4), scratch(encoded), newest,
     )  # fmt: skip
 
 

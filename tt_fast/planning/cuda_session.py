@@ -123,7 +123,7 @@ class Session:
         tree.slots.zero_()
         tree.origins.zero_()
         self.buffers.counts.zero_()
-        self._upload(self.buffers.counts[:1], [len(nodes)])
+        self._upload(self.buffers.counts[0, :1], [len(nodes)])
         if nodes:
             self._upload(self.buffers.context_nodes[: len(nodes)], nodes)
 
@@ -185,7 +185,7 @@ class Session:
                 self._call_value_fn(value_fn, t)
             rank(buffers.scores, buffers.draws.estimates, t, self.num_envs, plan)
             advance(
-                buffers.scores, tree, other, buffers.nodes, buffers.counts[t + 1 : t + 2],
+                buffers.scores, tree, other, buffers.nodes, buffers.counts[t + 1, :1],
                 step, self.num_envs, plan,
             )  # fmt: skip
             tree, other = other, tree
@@ -197,7 +197,7 @@ class Session:
         return self._best(tree)
 
     def _prefill(self, nodes: Tensor, count_idx: int, tree: Tree, current: int) -> None:
-        count = self.buffers.counts[count_idx : count_idx + 1]
+        count = self.buffers.counts[count_idx, :1]
         prefill(
             nodes, count, tree, self.weights, current, self.num_envs, self.machine, self.model,
             self.plan, self.buffers.scratch,
