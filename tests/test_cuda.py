@@ -17,10 +17,11 @@ from tiny import ACTION_DIM, NUM_BINS, OBSERVATION_DIM, tiny_discretizer, tiny_m
 
 from tt_fast import Discretizer, PlanConfig, TrajectoryTransformer, beam_plan
 from tt_fast.kernels import segment
+from tt_fast.kernels.sample import DrawFlags
 from tt_fast.planning import BeamPlan, cuda, make_backend, search
 from tt_fast.planning.base import Draws
 from tt_fast.planning.cuda import CudaBackend
-from tt_fast.planning.cuda_memory import model_shape, plan_bytes, plan_shape
+from tt_fast.planning.cuda_memory import make_buffers, model_shape, plan_bytes, plan_shape
 from tt_fast.planning.fingerprint import weighted_sum
 from tt_fast.planning.reference import ReferenceBackend
 
@@ -165,7 +166,7 @@ def test_what_does_not_fit_is_planned_in_waves(monkeypatch: pytest.MonkeyPatch) 
     model, discretizer = model_and_discretizer()
     contexts, backend = [context(1, seed) for seed in range(3)], CudaBackend(model, discretizer)
     together = backend.plan(contexts, CONFIG, draws(3), trace=True)
-    monkeypatch.setattr(CudaBackend, "_wave_size", lambda self, model, plan, count: 2)
+    monkeypatch.setattr(CudaBackend, "_wave_size", lambda self, *sizes: 2)
     apart = backend.plan(contexts, CONFIG, draws(3), trace=True)
     assert_same_tokens(apart, together)
 
@@ -174,7 +175,7 @@ def test_memory_decides_how_many_are_planned_at_once(monkeypatch: pytest.MonkeyP
     model, discretizer = model_and_discretizer()
     backend = CudaBackend(model, discretizer)
     shape = model_shape(model.config, backend._precision(CONFIG))
-    each = plan_bytes(shape, plan_shape(model, CONFIG), 1)
+    each = plan_bytes(shape, plan_shape(model, CONFIG), DrawFlags(False, False), 1)
     together = backend.plan([context(1, s) for s in range(4)], CONFIG, draws(4))
     monkeypatch.setattr(CudaBackend, "_usable_bytes", lambda self: int(3.5 * each))
     apart = backend.plan([context(1, s) for s in range(4)], CONFIG, draws(4))
@@ -184,6 +185,24 @@ def test_memory_decides_how_many_are_planned_at_once(monkeypatch: pytest.MonkeyP
     for count in (1, 3, 2, 1, 3):
         backend.plan([context(1, s) for s in range(count)], CONFIG, draws(count))
         assert backend._held_bytes() <= 3.5 * each
+
+
+@pytest.mark.parametrize("overflow", ["crop", "grow"])
+@pytest.mark.parametrize("flags", [DrawFlags(False, False), DrawFlags(True, True)])
+@pytest.mark.parametrize(("embed_dim", "vocab_size"), [(128, 100), (128, 1000), (512, 1000)])
+def test_memory_is_counted(
+    embed_dim: int, vocab_size: int, flags: DrawFlags, overflow: Any
+) -> None:
+    """All but the small tensors."""
+    sizes = {"num_transitions": 24, "embed_dim": embed_dim, "vocab_size": vocab_size}
+    model, _ = model_and_discretizer(**sizes)
+    config = PlanConfig(4, 32, 4, overflow=overflow, discount=0.9)
+    shape, plan = model_shape(model.config, "bf16"), plan_shape(model, config)
+    buffers = make_buffers(shape, plan, flags, 3, torch.device("meta"))
+    parts = (*buffers.trees, buffers.draws, buffers.newest.scratch, buffers.scratch)
+    tensors = {id(t): t for part in parts for t in part} | {0: buffers.newest.logits}
+    taken = sum(t.numel() * t.element_size() for t in tensors.values())
+    assert 0.98 * taken <= plan_bytes(shape, plan, flags, 3) <= taken
 
 
 def test_a_first_plan_in_inference_mode_spoils_none() -> None:

@@ -26,6 +26,7 @@ from tt_fast.planning.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from tt_fast.kernels.layout import ModelShape, PlanShape, Weights
+    from tt_fast.kernels.sample import DrawFlags
     from tt_fast.planning.cuda_session import Session
 
 #: Sizes of plans whose memory and graph are kept.
@@ -139,6 +140,7 @@ class CudaBackend(TorchBackend):
         """See `PlanBackend.plan`; all contexts are planned at once, as far as memory goes."""
         assert self.discretizer is not None
         assert deadline_ms is None  # has_deadline is False
+        from tt_fast.kernels.sample import DrawFlags
         from tt_fast.planning.cuda_memory import model_shape, plan_shape
 
         shape = model_shape(self.model.config, self._precision(config))
@@ -146,13 +148,13 @@ class CudaBackend(TorchBackend):
         waves = []
         on_gpu = self.device.type == "cuda"
         with torch.cuda.device(self.device) if on_gpu else contextlib.nullcontext():
-            size = self._wave_size(shape, sizes, len(contexts))
+            flags = DrawFlags(draws.given is not None, value_fn is not None)
+            size = self._wave_size(shape, sizes, flags, len(contexts))
             for first in range(0, len(contexts), size):
                 part = slice(first, min(first + size, len(contexts)))
                 wave = contexts[part]
                 given = None if draws.given is None else draws.given[part]
-                flags = (given is not None, value_fn is not None)
-                session = self._session(shape, sizes, len(wave), *flags)
+                session = self._session(shape, sizes, flags, len(wave))
                 part_draws = Draws(draws.seeds[part], draws.plan_indices[part], given)
                 waves.append(
                     session.run(
@@ -162,23 +164,16 @@ class CudaBackend(TorchBackend):
         return _concatenate(waves)
 
     def _session(
-        self,
-        shape: ModelShape,
-        plan: PlanShape,
-        num_envs: int,
-        given_uniforms: bool,
-        keep_probs: bool,
+        self, shape: ModelShape, plan: PlanShape, flags: DrawFlags, num_envs: int
     ) -> Session:
         """The one for these sizes, made if need be; for memory, least recently used ones go."""
-        from tt_fast.kernels.sample import DrawFlags
         from tt_fast.planning.cuda_memory import plan_bytes
         from tt_fast.planning.cuda_session import Session
 
         weights = self._current_weights(shape)
-        flags = DrawFlags(given_uniforms, keep_probs)
         key = (shape, plan, flags, num_envs)
         if key not in self._sessions:
-            needed = plan_bytes(shape, plan, num_envs)
+            needed = plan_bytes(shape, plan, flags, num_envs)
             while self._sessions and needed > self._usable_bytes() - self._held_bytes():
                 self._sessions.popitem(last=False)
             self._sessions[key] = Session(
@@ -208,24 +203,29 @@ class CudaBackend(TorchBackend):
         self._versions[precision] = version
         return self._weights[precision]
 
-    def _wave_size(self, model: ModelShape, plan: PlanShape, num_envs: int) -> int:
+    def _wave_size(
+        self, model: ModelShape, plan: PlanShape, flags: DrawFlags, num_envs: int
+    ) -> int:
         """Contexts at once: waves of equal sizes, as few as memory and 32-bit offsets allow.
 
         Raises:
             ValueError: not even one.
         """
-        from tt_fast.planning.cuda_memory import plan_bytes
+        from tt_fast.planning.cuda_memory import encoded_rows, kept_hidden, plan_bytes
 
-        offsets = max(  # of one context: keys of a layer, tokens, logits
+        offsets = max(  # of one context: keys of a layer, tokens, hidden columns
             plan.num_levels * plan.level_nodes * model.width,
             plan.num_steps * plan.num_rows * model.transition_dim,
-            plan.num_rows * model.ids,
+            max(encoded_rows(model, plan), plan.num_rows) * kept_hidden(model),
+            # logits, probabilities of rewards and values, random numbers
+            plan.num_rows * max(model.ids, 2 * model.num_ids, plan.num_draws),
         )
-        fitting = min(MAX_INDEX // offsets, self._usable_bytes() // plan_bytes(model, plan, 1))
+        needed = plan_bytes(model, plan, flags, 1)
+        fitting = min(MAX_INDEX // offsets, self._usable_bytes() // needed)
         if fitting < 1:
-            needed = plan_bytes(model, plan, 1) / 1e9
+            size = f"{needed / 1e9:.1f} GB"
             raise ValueError(
-                f"beam_width: expected a search that fits the GPU, got one of {needed:.1f} GB; "
+                f"beam_width: expected a search that fits the GPU, got one of {size}; "
                 'use fewer beams, or backend="torch"'
             )
         num_waves = math.ceil(num_envs / int(fitting))
@@ -244,7 +244,9 @@ class CudaBackend(TorchBackend):
         """Memory of sessions that may be dropped or used again."""
         from tt_fast.planning.cuda_memory import plan_bytes
 
-        return sum(plan_bytes(s.model, s.plan, s.num_envs) for s in self._sessions.values())
+        return sum(
+            plan_bytes(s.model, s.plan, s.flags, s.num_envs) for s in self._sessions.values()
+        )
 
 
 def _concatenate(plans: Sequence[BeamPlan]) -> BeamPlan:

@@ -168,12 +168,12 @@ def make_buffers(
 
     def scratch(rows: int) -> Scratch:
         widths = (model.embed, model.width, model.width)
-        hidden = zeros(0 if fits_mlp(model) else rows, model.hidden)
+        hidden = zeros(rows if kept_hidden(model) else 0, model.hidden)
         return Scratch(*(zeros(rows, width) for width in widths), hidden, ints(rows))
 
     double, rows = torch.float64, num_envs * plan.num_rows
     max_nodes = num_envs * plan.num_beams * plan.max_past if plan.crops else 0
-    encoded = max(num_envs * plan.first_step, max_nodes) * model.visible
+    encoded = num_envs * encoded_rows(model, plan)
     first, second = _make_trees(model, plan, num_envs, zeros)
     draws = Draws(
         settings=zeros(8),
@@ -223,13 +223,25 @@ def _make_trees(
     ]
 
 
-def plan_bytes(model: ModelShape, plan: PlanShape, num_envs: int) -> int:
+def encoded_rows(model: ModelShape, plan: PlanShape) -> int:
+    """The most tokens of one context that are encoded at once: its own, or after a crop."""
+    nodes = plan.num_beams * plan.max_past if plan.crops else 0
+    return max(plan.first_step, nodes) * model.visible
+
+
+def kept_hidden(model: ModelShape) -> int:
+    """Hidden columns of the MLP that a pass keeps in memory."""
+    return 0 if fits_mlp(model) else model.hidden
+
+
+def plan_bytes(model: ModelShape, plan: PlanShape, flags: DrawFlags, num_envs: int) -> int:
     """Device memory that the buffers of so many contexts take, the small ones left out."""
     cache = model.num_layers * plan.num_levels * plan.level_nodes * model.width
     kept = 2 if model.is_bf16 else 4
-    encoded = plan.num_beams * plan.max_past * model.visible if plan.crops else 0
     decoded = 0 if fits_segment(model) else plan.num_rows
-    hidden = 0 if fits_mlp(model) else model.hidden
-    activations = (encoded + decoded) * (model.embed + 2 * model.width + hidden + 1)
-    tokens = plan.num_steps * plan.num_rows * model.transition_dim
-    return int(num_envs * (2 * kept * cache + 4 * activations + 4 * tokens))
+    activations = model.embed + 2 * model.width + kept_hidden(model) + 1
+    numbers = (encoded_rows(model, plan) + decoded) * activations + decoded * model.ids
+    numbers += plan.num_steps * plan.num_rows * model.transition_dim
+    numbers += 2 * plan.num_rows * model.num_ids if flags.keep_probs else 0
+    uniforms = plan.num_draws * plan.num_rows if flags.given_uniforms else 0
+    return int(num_envs * (2 * kept * cache + 4 * numbers + 8 * uniforms))
