@@ -119,7 +119,8 @@ class Session:
         tree = self.buffers.trees[0]
         self._upload(tree.past, past)
         placed = tree.tokens[:, : plan.first_step + 1]
-        placed.copy_(torch.from_numpy(tokens)[:, :, None].expand(placed.shape))
+        # once over the bus, to every row on the device
+        placed.copy_(torch.from_numpy(tokens).to(self.device)[:, :, None])
         tree.slots.zero_()
         tree.origins.zero_()
         self.buffers.counts.zero_()
