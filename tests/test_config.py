@@ -186,7 +186,7 @@ def test_train_config_refuses(field: str, value: Any, message: str) -> None:
         ("cdf_obs", 1.5, PROBABILITY),
         ("cdf_act", 1.5, PROBABILITY),
         ("cdf_rew", 1.5, PROBABILITY),
-        ("temperature", 0.0, POSITIVE),
+        ("temperature", 1e-38, "expected a number in [1e-30, 1e+30], got 1e-38"),
         ("estimate", "median", "expected \"mean\" or a percentile in (0, 1), got 'median'"),
         ("estimate", 1.0, 'expected "mean" or a percentile in (0, 1), got 1.0'),
         ("overflow", "slide", "expected one of 'crop', 'grow', got 'slide'"),

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tiny import ACTION_DIM, NUM_BINS, OBSERVATION_DIM, tiny_checkpoint
 
 from tt_fast import Checkpoint, PlanConfig, Planner, beam_plan
@@ -229,6 +230,9 @@ def test_a_replica_keeps_bounds_and_deadline() -> None:
         ({"pixels": 1}, r"observation: expected numbers of shape \(3,\)"),
         ("abc", r"observation: expected numbers of shape \(3,\)"),
         ([0.0, [1.0], 0.0], r"observation: expected numbers of shape \(3,\)"),
+        (np.array(["1", "2", "3"]), r"observation: expected numbers of shape \(3,\)"),
+        (np.array([1.0 + 2.0j, 0.0, 0.0]), r"observation: expected numbers of shape \(3,\)"),
+        (torch.zeros(3, requires_grad=True), r"observation: expected numbers of shape \(3,\)"),
     ],
 )
 def test_bad_observations_enter_nothing(observation: Any, message: str) -> None:
@@ -249,7 +253,9 @@ def test_bad_rewards_enter_nothing() -> None:
         planner.observe(np.nan)
     with pytest.raises(ValueError, match=r"reward: expected shape \(\), got \(1,\)"):
         planner.observe([1.0])
-    for flag in (None, 2, 0.5, [True]):
+    with pytest.raises(ValueError, match=r"reward: expected numbers of shape \(\)"):
+        planner.observe(torch.tensor(1.0, requires_grad=True))
+    for flag in (None, 2, -1, 0.5, [True]):
         with pytest.raises(ValueError, match=r"terminated: expected bool of shape \(\)"):
             planner.observe(1.0, flag)
     planner.observe(1.0)
@@ -293,6 +299,7 @@ def test_calls_out_of_order() -> None:
         ({"action_bounds": (-1.0, [1.0] * 3)}, r"action_bounds: expected \(low, high\)"),
         ({"action_bounds": (1.0,)}, r"action_bounds: expected \(low, high\)"),
         ({"backend": "abacus"}, r"backend: expected one of"),
+        ({"prefix_context": "no"}, r"prefix_context: expected one of False, True, got 'no'"),
     ],
 )
 def test_bad_settings(options: dict[str, Any], message: str) -> None:

@@ -30,6 +30,7 @@ def test_integers_inside_pass(value: Any) -> None:
         ("1", "count: expected an integer, got '1'"),
         (True, "count: expected an integer, got True"),
         (None, "count: expected an integer, got None"),
+        (np.array([1, 2]), "count: expected an integer, got array([1, 2])"),
         (0, "count: expected an integer >= 1 and <= 5, got 0"),
         (6, "count: expected an integer >= 1 and <= 5, got 6"),
     ],
@@ -58,6 +59,13 @@ def test_numbers_inside_pass(value: Any) -> None:
         (False, "share: expected a finite number in [0.0, 1.0], got False"),
         (math.nan, "share: expected a finite number in [0.0, 1.0], got nan"),
         (math.inf, "share: expected a finite number in [0.0, 1.0], got inf"),
+        pytest.param(
+            10**400, f"share: expected a finite number in [0.0, 1.0], got {10**400}", id="too large"
+        ),
+        (
+            np.array([0.1, 0.2]),
+            "share: expected a finite number in [0.0, 1.0], got array([0.1, 0.2])",
+        ),
         (-0.1, "share: expected a number in [0.0, 1.0], got -0.1"),
         (1.1, "share: expected a number in [0.0, 1.0], got 1.1"),
     ],

@@ -30,6 +30,8 @@ DEFAULT_DISCOUNT = 0.99
 #: Longest `ModelConfig.block_size`, in tokens: there the attention mask alone takes a gigabyte.
 #: Hopper's default window has 159; ten transitions of D4RL's widest environments, some thousand.
 MAX_BLOCK_SIZE = 2**15
+#: What may divide logits: no quotient of theirs overflows float32.
+TEMPERATURES = (1e-30, 1e30)
 
 
 @dataclass(frozen=True)
@@ -262,7 +264,7 @@ class PlanConfig:
         for name in ("cdf_obs", "cdf_act", "cdf_rew"):
             if getattr(self, name) is not None:
                 require_number(name, getattr(self, name), 0.0, 1.0)
-        require_number("temperature", self.temperature, 0.0, open_low=True)
+        require_number("temperature", self.temperature, *TEMPERATURES)
         if self.estimate != "mean":
             is_number = isinstance(self.estimate, numbers.Real)
             inside = is_number and 0.0 < float(self.estimate) < 1.0

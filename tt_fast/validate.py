@@ -21,25 +21,35 @@ def require(condition: bool, name: str, expected: str, got: object) -> None:
 
 def require_int(name: str, value: Any, minimum: int, maximum: int | None = None) -> int:
     """`value` as a Python int; it is an integer (bool is not) in [minimum, maximum]."""
-    is_int = hasattr(value, "__index__") and not isinstance(value, bool)
-    require(is_int, name, "an integer", value)
+    try:
+        number = operator.index(value)
+    except TypeError:
+        refuse(name, "an integer", value)
+    require(not isinstance(value, bool), name, "an integer", value)
     upper = "" if maximum is None else f" and <= {maximum}"
-    inside = value >= minimum and (maximum is None or value <= maximum)
+    inside = number >= minimum and (maximum is None or number <= maximum)
     require(inside, name, f"an integer >= {minimum}{upper}", value)
-    return operator.index(value)
+    return number
 
 
 def require_number(
     name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False
 ) -> None:
     """`value` is a finite real number in [low, high], or (low, high] with `open_low`."""
-    is_number = isinstance(value, (int, float)) or hasattr(value, "__float__")
-    finite = is_number and not isinstance(value, (bool, str)) and math.isfinite(float(value))
     opening = "(" if open_low or low == -math.inf else "["
     span = f"{opening}{low}, {high}{')' if high == math.inf else ']'}"
-    require(finite, name, f"a finite number in {span}", value)
+    require(_is_finite(value), name, f"a finite number in {span}", value)
     inside = (value > low if open_low else value >= low) and value <= high
     require(inside, name, f"a number in {span}", value)
+
+
+def _is_finite(value: Any) -> bool:
+    """A finite real number; no bool, no text, no array."""
+    try:
+        is_one = getattr(value, "ndim", 0) == 0
+        return is_one and math.isfinite(value) and not isinstance(value, bool)
+    except (TypeError, OverflowError):  # no number, or an integer that no float holds
+        return False
 
 
 def require_choice(name: str, value: object, choices: Sequence[object]) -> None:

@@ -29,7 +29,7 @@ from tt_fast.checkpoint import Checkpoint
 from tt_fast.compat.faster_tt_models import PublishedGPT, adopt, as_discretizer, config_of
 from tt_fast.compat.faster_tt_published import PublishedPlan
 from tt_fast.compat.faster_tt_published import plan as published_plan
-from tt_fast.config import ModelConfig, PlanConfig
+from tt_fast.config import TEMPERATURES, ModelConfig, PlanConfig
 from tt_fast.discretizer import Discretizer
 from tt_fast.planning.base import Draws, ValueFn
 from tt_fast.planning.search import check_context, check_plan
@@ -308,7 +308,7 @@ def _plan_config(settings: PublishedPlan, config: ModelConfig, bins: Discretizer
     for name in ("k_obs", "k_reward", "k_act"):
         if getattr(settings, name) is not None:
             require_int(name, getattr(settings, name), 1, config.vocab_size)
-    require_number("temperature", settings.temperature, 0.0, open_low=True)
+    require_number("temperature", settings.temperature, *TEMPERATURES)
     values = {names.get(name, name): value for name, value in vars(settings).items()}
     return PlanConfig(max_context_transitions=None, cdf_act=None, overflow="crop", **values)
 

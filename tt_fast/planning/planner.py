@@ -17,7 +17,7 @@ from tt_fast.config import DEFAULT_DISCOUNT, PlanConfig
 from tt_fast.discretizer import Floats, Tokens
 from tt_fast.planning.base import Draws, ImaginedPlan
 from tt_fast.planning.search import check_deadline, check_overflow, check_plan, make_backend
-from tt_fast.validate import refuse, require, require_int, require_number
+from tt_fast.validate import refuse, require, require_choice, require_int, require_number
 
 #: Stands for the unknown value of a past transition; no later position sees it (utils.py:8).
 VALUE_PLACEHOLDER = 1e6
@@ -92,7 +92,8 @@ class Planner:
         self.seed = require_int("seed", seed, 0)
         self.plan_freq = require_int("plan_freq", plan_freq, 1, self.plan_config.horizon)
         self.num_envs = None if num_envs is None else require_int("num_envs", num_envs, 1)
-        self.prefix_context = prefix_context
+        require_choice("prefix_context", prefix_context, (False, True))
+        self.prefix_context = bool(prefix_context)
         self.num_plans = 0
         self._model_config = model
         self._bounds = _check_bounds(action_bounds, model.action_dim)
@@ -302,19 +303,20 @@ class Planner:
         """(n,) bool from one flag or a batch of them."""
         flags, count = np.asarray(terminated), len(self._clocks)
         shapes = [()] if self.num_envs is None else [(), (count,)]
-        fits = flags.dtype.kind in "biu" and flags.shape in shapes and bool((flags <= 1).all())
+        fits = flags.dtype.kind in "biu" and flags.shape in shapes
+        fits = fits and bool(np.isin(flags, (0, 1)).all())
         require(fits, "terminated", f"bool of shape {shapes[-1]}", terminated)
         return np.broadcast_to(flags.astype(np.bool_), (count,))
 
 
 def _as_floats(name: str, values: Any, shape: tuple[int | None, ...]) -> Floats:
-    require(not isinstance(values, (dict, str)), name, f"numbers of shape {shape}", values)
     try:
-        array = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError):
+        array = np.asarray(values)
+    except (TypeError, ValueError, RuntimeError):  # of torch: a tensor that requires a gradient
         refuse(name, f"numbers of shape {shape}", values)
+    require(array.dtype.kind in "biuf", name, f"numbers of shape {shape}", values)
     require(array.shape == shape, name, f"shape {shape}", array.shape)
-    return array
+    return array.astype(np.float64)
 
 
 def _require_finite_rows(name: str, rows: Floats, env_ids: Sequence[int]) -> None:

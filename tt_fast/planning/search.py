@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from tt_fast.config import DEFAULT_DISCOUNT, ModelConfig, PlanConfig
+from tt_fast.config import DEFAULT_DISCOUNT, TEMPERATURES, ModelConfig, PlanConfig
 from tt_fast.discretizer import Discretizer, Floats, Tokens
 from tt_fast.model import TrajectoryTransformer
 from tt_fast.planning import cpu, cuda
@@ -217,7 +217,7 @@ def check_search(
         require_int("top_k", top_k, 1, dims.vocab_size + 1)
     if cdf is not None:
         require_number("cdf", cdf, 0.0, 1.0)
-    require_number("temperature", temperature, 0.0, open_low=True)
+    require_number("temperature", temperature, *TEMPERATURES)
     require(
         (goal is not None) == dims.goal_conditioned,
         "goal", "tokens for a goal-conditioned model and None for another", goal,
