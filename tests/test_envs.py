@@ -14,7 +14,7 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete, Tuple
 from toy_env import ToyEnv, register
 
 from tt_fast.data.registry import trim_observations
-from tt_fast.envs import choose_opengl, engine_versions, make_env
+from tt_fast.envs import choose_opengl, engine_versions, make_env, wrap_env
 
 IMAGE = Box(0, 255, (8, 8, 3), np.uint8)
 
@@ -104,6 +104,18 @@ def test_steps_are_those_of_gymnasium():
     np.testing.assert_array_equal(step.observation, expected[0])
     assert step[1:] == (pytest.approx(expected[1]), expected[2], expected[3])
     env.close(), plain.close()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_actions_lie_inside_their_space(dtype):
+    toy, given = ToyEnv(), []
+    toy.action_space = Box(-0.1, 0.1, (2,), dtype)  # 0.1 is larger as float32 than as float64
+    toy.step = lambda action: (given.append(action), (np.zeros(3), 0.0, False, False, {}))[1]
+    env = wrap_env(toy)
+    for bound in env.action_bounds:
+        env.step(bound.astype(np.float32))
+    assert all(action in toy.action_space for action in given)
+    np.testing.assert_array_equal(given, env.action_bounds)
 
 
 def test_mujoco_state_is_a_copy_and_can_be_set():

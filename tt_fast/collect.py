@@ -185,7 +185,7 @@ def _check_action(action: Any, env: ControlEnv) -> NDArray[np.float32]:
     require(array.shape == (env.action_dim,), "action", f"shape ({env.action_dim},)", array.shape)
     require(bool(np.isfinite(array).all()), "action", "finite numbers", array.tolist())
     low, high = env.action_bounds
-    return np.clip(array, low, high)
+    return np.clip(array, low, high).astype(np.float32)
 
 
 def _find_policy(policy: Any, env: ControlEnv) -> _Policy:

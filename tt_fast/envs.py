@@ -44,8 +44,9 @@ class ControlEnv:
     env_id: str
     observation_dim: int
     """Width of an observation after trimming (ant 27, kitchen 30)."""
-    action_bounds: tuple[NDArray[np.float32], NDArray[np.float32]]
-    """Lowest and highest action, (action_dim,) each; infinite where there is no bound."""
+    action_bounds: tuple[NDArray[np.floating[Any]], NDArray[np.floating[Any]]]
+    """Lowest and highest action, (action_dim,) each, float64 where the action space is; infinite
+    where there is no bound."""
 
     @property
     def action_dim(self) -> int:
@@ -64,9 +65,10 @@ class ControlEnv:
         return self._trim(observation)
 
     def step(self, action: NDArray[np.float32]) -> StepResult:
-        """Apply an action (action_dim,)."""
-        # a copy: environments may scale or clip what they are given in place
-        observation, reward, terminated, truncated, _ = self.env.step(action.copy())
+        """Apply an action (action_dim,), clipped to the bounds."""
+        # a float32 next to a float64 bound may lie outside; a copy, as environments may write to it
+        inside = np.clip(action, *self.action_bounds)
+        observation, reward, terminated, truncated, _ = self.env.step(inside)
         return StepResult(self._trim(observation), float(reward), bool(terminated), bool(truncated))
 
     def mujoco_state(self) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
@@ -246,7 +248,9 @@ def _check_spaces(env: Any, env_id: str) -> ControlEnv:
         require_flat_box(getattr(env, name, None), name, env_id)
     width = len(_trimmed(np.zeros(env.observation_space.shape), env_id))
     space = env.action_space
-    bounds = (np.asarray(space.low, np.float32), np.asarray(space.high, np.float32))
+    is_double = np.asarray(space.low).dtype == np.float64
+    dtype: type[np.floating[Any]] = np.float64 if is_double else np.float32
+    bounds = (np.asarray(space.low, dtype), np.asarray(space.high, dtype))
     return ControlEnv(env, env_id, width, bounds)
 
 

@@ -300,7 +300,7 @@ def _rehearse(env_id: str, video: Path) -> None:
     env = make_env(env_id)
     try:
         recorder = _Recorder(env, env.reset(seed=0))
-        action = np.clip(np.zeros(env.action_dim, np.float32), *env.action_bounds)
+        action = np.clip(np.zeros(env.action_dim), *env.action_bounds).astype(np.float32)
         recorder.add(action, env.step(action), None)
     finally:
         env.close()

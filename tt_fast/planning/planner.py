@@ -175,7 +175,8 @@ class Planner:
                 left untouched.
 
         Returns:
-            (action_dim,) or (num_envs, action_dim) float32; rows that are not active are zero.
+            (action_dim,) or (num_envs, action_dim) float32; rows that are not active are zero. A
+            bound that float32 does not hold is rounded: a float64 action space may clip it again.
 
         Raises:
             ValueError: wrong shape, NaN or Inf; nothing has been remembered then.
