@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import bench_gpu
@@ -18,6 +19,7 @@ import bench_training
 import gpu_common
 import gpu_path
 import gpu_report
+import gpu_shard
 import pytest
 import torch
 from gpu_common import COLUMNS, WrongAnswer
@@ -187,6 +189,47 @@ def test_shares_of_the_floor_need_ceilings() -> None:
     assert gpu_report.floors(rows[:1]) == []
     (found,) = gpu_report.floors(rows)
     assert found["share_of_floor"] == pytest.approx(found["floor_ms"] / 2.0)
+
+
+def fake_test(name: str) -> Any:
+    """As much of a pytest item as a shard asks for."""
+    skips = "kernels/" in name
+    return SimpleNamespace(
+        nodeid=name,
+        path=Path(name.partition("::")[0]),
+        get_closest_marker=lambda marker: object() if skips else None,
+    )
+
+
+def test_shards_keep_parameters_together() -> None:
+    functions = {"test_cuda.py::a": 13, "test_cuda.py::b": 3, "test_head_loss.py::c": 12}
+    functions |= {f"test_cuda.py::alone{i}": 1 for i in range(20)} | {"kernels/test_mlp.py::d": 99}
+    tests = [fake_test(f"{name}[{i}]") for name, n in functions.items() for i in range(n)]
+    shards = gpu_shard.deal(tests, 6)
+    assert sorted(t.nodeid for s in shards for t in s) == sorted(t.nodeid for t in tests)
+    weights = [gpu_shard.weight(shard) for shard in shards]
+    assert max(weights) <= 1.3 * sum(weights) / 6
+    names = [{test.nodeid.partition("[")[0] for test in shard} for shard in shards]
+    where = {name: sum(name in shard for shard in names) for name in functions}
+    assert {name for name, count in where.items() if count > 1} == {"test_cuda.py::a"}
+    assert where["test_cuda.py::a"] == 2  # all 13 would take longer than any other shard
+
+
+def test_what_compiles_needs_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows: list[tuple[str, str]] = []
+    monkeypatch.setattr(bench_gpu, "is_interpreted", lambda: False)
+    monkeypatch.setattr(bench_gpu, "DTYPES", ("bf16", "fp32"))
+    monkeypatch.setattr(bench_gpu, "decode_row", lambda *row: rows.append(row))
+    table = SimpleNamespace(add=lambda row: None)
+    bench_gpu.decode(table, bench_gpu.Clock(60.0), tmp_path)
+    assert rows[0] == ("bf16", "torch.compile")
+    assert len(rows) == 4
+    rows.clear()
+    bench_gpu.decode(table, bench_gpu.Clock(20.0), tmp_path)
+    assert rows == [("bf16", "torch"), ("fp32", "torch")]
+    assert "left out: bf16 torch.compile" in capsys.readouterr().out
 
 
 def test_the_commit_is_gits() -> None:
