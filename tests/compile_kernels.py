@@ -1,8 +1,8 @@
 """Compile every kernel that plans and training launch, for GPUs that are not here, and say what
 each one needs.
 
-`python tests/compile_kernels.py` prints a table and fails where a fused kernel spills registers or
-anything needs more shared memory than the smallest GPU has. The planner and the losses themselves
+`python tests/compile_kernels.py` prints a table and fails where a kernel spills more registers than
+it may, or needs more shared memory than the smallest GPU has. The planner and the losses themselves
 run, on tensors without memory and with a driver that compiles and launches nothing, so what is
 compiled is what a GPU would be asked for. Not in a process with TRITON_INTERPRET.
 """
@@ -163,10 +163,10 @@ def complaints(row: Needs, precision: str) -> list[str]:
 
 
 def spill_limit(kernel: str, precision: str) -> int:
-    """Bytes a thread. In float32 tiles are twice as large: a segment spills, others a number."""
+    """Bytes a thread. In float32 tiles are twice as large: the two large kernels spill."""
     if precision == "bf16":
         return 0
-    return 800 if kernel == "segment_kernel" else 16
+    return {"segment_kernel": 800, "mlp_kernel": 200}.get(kernel, 16)
 
 
 def table(case: tuple[int, str]) -> tuple[list[str], list[str]]:

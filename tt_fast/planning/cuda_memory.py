@@ -226,7 +226,7 @@ def _make_trees(
 def encoded_rows(model: ModelShape, plan: PlanShape) -> int:
     """The most tokens of one context that are encoded at once: its own, or after a crop."""
     nodes = plan.num_beams * plan.max_past if plan.crops else 0
-    return max(plan.first_step, nodes) * model.visible
+    return int(max(plan.first_step, nodes) * model.visible)
 
 
 def kept_hidden(model: ModelShape) -> int:
