@@ -157,7 +157,7 @@ def test_a_setting_is_the_originals_but_for_its_size() -> None:
     ("text", "message"),
     [
         ("H5", "setting: expected a name such as H5-B32x2 or H5-B32x2-F3, got 'H5'"),
-        ("H0-B32x2", "horizon: expected an integer >= 1, got 0"),
+        ("H0-B32x2", "horizon: expected an integer >= 1 and <= 1048576, got 0"),
         ("H5-B32x2-F6", "setting: expected F from 1 to the horizon of 5, got 'H5-B32x2-F6'"),
         ("H5-B32x2-F0", "setting: expected F from 1 to the horizon of 5, got 'H5-B32x2-F0'"),
     ],

@@ -8,18 +8,20 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from tt_fast.config import PlanConfig
 from tt_fast.discretizer import Discretizer, Floats, Tokens
 from tt_fast.model import TrajectoryTransformer
 from tt_fast.planning.base import BeamPlan, BeamSequence, Draws, PlanTrace, ValueFn
 from tt_fast.planning.sampling import draw, heated, truncate
+
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
 class ReferenceBackend:
@@ -260,5 +262,14 @@ def _evaluated(model: TrajectoryTransformer, dtype: str) -> TrajectoryTransforme
     """
     if dtype == "bfloat16":
         return copy.deepcopy(model).to(torch.bfloat16).eval()
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, shared).eval()
+    return _twin(model)
+
+
+def _twin(module: _Module) -> _Module:
+    """The same parameters, buffers and hooks in another module, which is in eval mode."""
+    twin = copy.copy(module)
+    twin.training = False
+    twin._modules = {
+        name: None if child is None else _twin(child) for name, child in module._modules.items()
+    }
+    return twin
