@@ -74,10 +74,12 @@ TEST(PoolAfterFork) {
   if (child == 0) {
     int sum = 0;
     pool.Run(10, [&](int task, int) { sum += task; });
+    {
 #if !defined(__SANITIZE_THREAD__)  // which lets a forked child start no threads
-    const ThreadPool own(4);
+      const ThreadPool own(4);     // joins its threads at the end
 #endif
-    owned.reset();
+      owned.reset();
+    }
     _exit(sum == 45 ? 0 : 1);
   }
   int status = -1;
