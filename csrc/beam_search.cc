@@ -63,8 +63,8 @@ std::vector<PlanResult> BeamSearch::Plan(const PlanSettings& settings, const Pla
   const int num_waves = (num_contexts + WaveSize(settings) - 1) / WaveSize(settings);
   std::vector<PlanResult> results;
   for (int i = 0; i < num_waves; ++i) {
-    const int first = static_cast<int>(int64_t{num_contexts} * i / num_waves);
-    const int last = static_cast<int>(int64_t{num_contexts} * (i + 1) / num_waves);
+    const int first = BeginOfPart(num_contexts, i, num_waves);
+    const int last = BeginOfPart(num_contexts, i + 1, num_waves);
     Wave wave{.settings = settings, .request = request, .first = first, .count = last - first};
     if (request.deadline_seconds) {  // an equal share of the time for every context
       const double until = *request.deadline_seconds * last / num_contexts;
@@ -222,10 +222,8 @@ void BeamSearch::DrawTokens(Wave& wave, const Truncation& truncation, Estimate e
   const int num_slots = tree_.num_slots();
   const int num_tasks = std::min(num_slots, 4 * pool_.num_threads());
   pool_.Run(num_tasks, [&](int task, int thread) {
-    const auto split = [&](int i) {
-      return static_cast<int>(static_cast<int64_t>(num_slots) * i / num_tasks);
-    };
-    for (int slot = split(task); slot < split(task + 1); ++slot) {
+    const int end = BeginOfPart(num_slots, task + 1, num_tasks);
+    for (int slot = BeginOfPart(num_slots, task, num_tasks); slot < end; ++slot) {
       DrawSlot(wave, slot, truncation, estimate, samplers_[thread]);
     }
   });

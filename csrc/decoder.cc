@@ -75,10 +75,8 @@ void Decoder::ForRows(int begin, int end, F&& f) {
   const int num_chunks =
       std::max((rows + kMaxRows - 1) / kMaxRows, std::min(full, (rows + kMinRows - 1) / kMinRows));
   pool_.Run(num_chunks, [&](int chunk, int thread) {
-    const auto split = [&](int i) {
-      return begin + static_cast<int>(static_cast<int64_t>(rows) * i / num_chunks);
-    };
-    f(split(chunk), split(chunk + 1), scratch_[thread]);
+    f(begin + BeginOfPart(rows, chunk, num_chunks),
+      begin + BeginOfPart(rows, chunk + 1, num_chunks), scratch_[thread]);
   });
 }
 

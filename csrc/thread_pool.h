@@ -9,6 +9,12 @@
 
 namespace tt {
 
+// Where part i of num_parts begins if `count` things are shared out evenly; part num_parts: the
+// end.
+inline int BeginOfPart(int count, int i, int num_parts) {
+  return static_cast<int>(static_cast<int64_t>(count) * i / num_parts);
+}
+
 class ThreadPool {
  public:
   // The calling thread is one of `num_threads`.
