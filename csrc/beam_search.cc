@@ -453,7 +453,7 @@ TreeLimits BeamSearch::SearchLimits(int beam_width, int num_tokens) const {
 // Throws if indices of nodes or tokens would not fit their types, or no memory this side of absurd.
 void BeamSearch::CheckFits(int64_t nodes, int64_t rows, int64_t tokens) const {
   constexpr int64_t kLimit = std::numeric_limits<int32_t>::max();
-  if (nodes * model_->shape.head_stride() <= kLimit && rows * tokens <= kLimit) return;
+  if (nodes * model_->head_layout.stride <= kLimit && rows * tokens <= kLimit) return;
   throw std::length_error("beam_width: expected a search that fits in memory, got " +
                           std::to_string(rows) + " rows of " + std::to_string(tokens) + " tokens");
 }

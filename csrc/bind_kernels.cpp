@@ -113,7 +113,6 @@ Floats RunAttend(const Floats& q, const Floats& k, const Floats& v, int hidden,
   if (q.ndim() != 3 || q.shape(0) != 2) Refuse("q", "(2, heads, head_dim)", ShapeText(q));
   const int heads = static_cast<int>(InRange<py::ssize_t>("heads", q.shape(1), 1, 1 << 10));
   const int dim = static_cast<int>(InRange<py::ssize_t>("head_dim", q.shape(2), 1, 1 << 10));
-  const int stride = RoundUp(dim, kHeadPad);
   if (k.ndim() != 3 || v.ndim() != 3 || k.shape(0) < 1)
     Refuse("k, v", "3 dimensions", ShapeText(k));
   const int len = static_cast<int>(InRange<py::ssize_t>("len", k.shape(0), 1, 1 << 20));
@@ -124,28 +123,33 @@ Floats RunAttend(const Floats& q, const Floats& k, const Floats& v, int hidden,
   }
   // nodes in reverse order, so that a path is more than 0, 1, 2
   InRange("hidden", hidden, 0, len - 1);
-  const size_t head_size = static_cast<size_t>(len) * stride;
+  const Ops& ops = FindOps(isa);
+  const bool bf16 = IsBf16(dtype);
+  const HeadLayout layout(heads, dim, ops, bf16);
+  const size_t bundle_size = static_cast<size_t>(len) * layout.stride;
   AlignedBuffer<float> kv, scores;
-  kv.ReserveZeroed(heads * 2 * head_size);
-  scores.ReserveZeroed(size_t{kScoreRows} * RoundUp(len, kPad));
+  kv.ReserveZeroed(layout.num_bundles * 2 * bundle_size);
+  scores.ReserveZeroed(size_t{kScoreRows} * layout.heads * RoundUp(len, kPad));
   std::vector<uint32_t> path(len), fresh(2 * len);
   for (int j = 0; j < len; ++j) {
-    path[j] = static_cast<uint32_t>((len - 1 - j) * stride);
+    path[j] = static_cast<uint32_t>((len - 1 - j) * layout.stride);
     for (int h = 0; h < heads; ++h) {
-      float* out = kv.data() + 2 * h * head_size + path[j];
-      std::copy_n(k.data(j, h, 0), dim, out);
-      std::copy_n(v.data(j, h, 0), dim, out + head_size);
+      for (int i = 0; i < dim; ++i) {
+        const int column = layout.Column(h, i), bundle = column / layout.stride;
+        float* out = kv.data() + 2 * bundle * bundle_size + path[j] + column % layout.stride;
+        out[0] = *k.data(j, h, i);
+        out[bundle_size] = *v.data(j, h, i);
+      }
     }
   }
-  const size_t width = static_cast<size_t>(heads) * stride;
+  const size_t width = layout.width();
   AlignedBuffer<float> query, out(2 * width);
   query.ReserveZeroed(2 * width);
   for (int r = 0; r < 2; ++r) {
-    for (int h = 0; h < heads; ++h)
-      std::copy_n(q.data(r, h, 0), dim, &query[r * width + h * stride]);
+    for (int h = 0; h < heads; ++h) {
+      for (int i = 0; i < dim; ++i) query[r * width + layout.Column(h, i)] = *q.data(r, h, i);
+    }
   }
-  const Ops& ops = FindOps(isa);
-  const bool bf16 = IsBf16(dtype);
   AlignedBuffer<uint16_t> rounded(bf16 ? kv.size() : 0);
   if (bf16) ops.round(kv.data(), kv.size(), rounded.data());
   const uint32_t* paths[] = {path.data(), path.data()};
@@ -155,12 +159,13 @@ Floats RunAttend(const Floats& q, const Floats& k, const Floats& v, int hidden,
               .q_stride = width,
               .kv = bf16 ? static_cast<const void*>(rounded.data()) : kv.data(),
               .bf16 = bf16,
-              .head_size = head_size,
+              .bundle_size = bundle_size,
               .paths = paths,
               .lens = lens,
               .shared = shared,
-              .num_heads = heads,
-              .head_stride = stride,
+              .num_bundles = layout.num_bundles,
+              .bundle_heads = layout.heads,
+              .bundle_stride = layout.stride,
               .scale = 1.0f / std::sqrt(static_cast<float>(dim)),
               .scores = scores.data(),
               .scores_size = scores.size() / kScoreRows,
@@ -170,7 +175,9 @@ Floats RunAttend(const Floats& q, const Floats& k, const Floats& v, int hidden,
   Floats result({2, heads, dim});
   for (int r = 0; r < 2; ++r) {
     for (int h = 0; h < heads; ++h) {
-      std::copy_n(&out[r * width + h * stride], dim, result.mutable_data(r, h, 0));
+      for (int i = 0; i < dim; ++i) {
+        *result.mutable_data(r, h, i) = out[r * width + layout.Column(h, i)];
+      }
     }
   }
   return result;

@@ -43,13 +43,13 @@ Decoder::Decoder(const Model& model, ThreadPool& pool, size_t first_layer_bytes)
 }
 
 void Decoder::Reserve(int max_nodes, int max_path) {
-  const Shape& shape = model_.shape;
+  const HeadLayout& heads = model_.head_layout;
   const size_t num_nodes = std::max(max_nodes_, static_cast<size_t>(max_nodes));
   for (auto& layer : kv_) {
-    layer.Reserve(num_nodes * shape.num_heads * 2 * shape.head_stride() * model_.key_bytes());
+    layer.Reserve(num_nodes * heads.num_bundles * 2 * heads.stride * model_.key_bytes());
   }
   for (Scratch& scratch : scratch_) {
-    scratch.scores.ReserveZeroed(size_t{kScoreRows} * RoundUp(max_path, kPad));
+    scratch.scores.ReserveZeroed(size_t{kScoreRows} * heads.heads * RoundUp(max_path, kPad));
     scratch.fresh.Reserve(size_t{kMaxRows} * max_path);
   }
   max_nodes_ = num_nodes;  // now there is memory for them
@@ -191,14 +191,14 @@ void Decoder::AttentionInput(int layer, int begin, int end, bool keys_only, Scra
 
 // Asks for the lines that StoreKeys will write, before the projection is computed or read.
 void Decoder::PrefetchKeys(int layer, int begin, int end) {
-  const size_t key_bytes = model_.shape.head_stride() * model_.key_bytes();
-  const size_t head_bytes = head_size() * model_.key_bytes();
+  const size_t key_bytes = model_.head_layout.stride * model_.key_bytes();
+  const size_t bundle_bytes = bundle_size() * model_.key_bytes();
   for (int row = begin; row < end; ++row) {
-    for (int head = 0; head < model_.shape.num_heads; ++head) {
-      const std::byte* key = KeyOf(layer, head, row);
+    for (int bundle = 0; bundle < model_.head_layout.num_bundles; ++bundle) {
+      const std::byte* key = KeyOf(layer, bundle, row);
       for (size_t i = 0; i < key_bytes; i += 64) {
         __builtin_prefetch(key + i, 1, 2);
-        __builtin_prefetch(key + head_bytes + i, 1, 2);
+        __builtin_prefetch(key + bundle_bytes + i, 1, 2);
       }
     }
   }
@@ -207,31 +207,31 @@ void Decoder::PrefetchKeys(int layer, int begin, int end) {
 // kv: keys of all heads, then values of all heads.
 template <typename Number>
 void Decoder::StoreKeys(int layer, int row, const Number* kv) {
-  const Shape& shape = model_.shape;
-  const size_t stride = shape.head_stride();
-  for (int head = 0; head < shape.num_heads; ++head) {
-    Number* key = reinterpret_cast<Number*>(KeyOf(layer, head, row));
-    CopyLanes(kv + head * stride, stride, key);
-    CopyLanes(kv + shape.attn_width() + head * stride, stride, key + head_size());
+  const size_t stride = model_.head_layout.stride;
+  for (int bundle = 0; bundle < model_.head_layout.num_bundles; ++bundle) {
+    Number* key = reinterpret_cast<Number*>(KeyOf(layer, bundle, row));
+    CopyLanes(kv + bundle * stride, stride, key);
+    CopyLanes(kv + model_.shape.attn_width() + bundle * stride, stride, key + bundle_size());
   }
 }
 
 // h += proj(attention). Queries of a decoded chunk are still where its input step left them.
 void Decoder::AttentionOutput(int layer, int begin, int end, Scratch& scratch) {
   const Shape& shape = model_.shape;
-  const int attn = shape.attn_width(), stride = shape.head_stride();
+  const int attn = shape.attn_width();
   const auto start = Clock::now();
   model_.ops.attend({.rows = end - begin,
                      .q = pass_->chained ? RowOf(q_, begin, attn) : scratch.kvq.data() + 2 * attn,
                      .q_stride = static_cast<size_t>(pass_->chained ? attn : 3 * attn),
                      .kv = kv_[layer].data(),
                      .bf16 = model_.bf16,
-                     .head_size = head_size(),
+                     .bundle_size = bundle_size(),
                      .paths = pass_->path.data() + begin,
                      .lens = pass_->path_len.data() + begin,
                      .shared = shared_.data() + begin,
-                     .num_heads = shape.num_heads,
-                     .head_stride = stride,
+                     .num_bundles = model_.head_layout.num_bundles,
+                     .bundle_heads = model_.head_layout.heads,
+                     .bundle_stride = model_.head_layout.stride,
                      .scale = 1.0f / std::sqrt(static_cast<float>(shape.head_dim())),
                      .scores = scratch.scores.data(),
                      .scores_size = scratch.scores.size() / kScoreRows,

@@ -49,7 +49,7 @@ class Decoder {
     AlignedBuffer<float> kvq;       // (3 attn_width)
     AlignedBuffer<float> attended;  // (attn_width)
     AlignedBuffer<float> hidden;    // (hidden_width)
-    AlignedBuffer<float> scores;    // (kScoreRows, longest path)
+    AlignedBuffer<float> scores;    // (kScoreRows, AttendArgs::scores_size)
     AlignedBuffer<uint32_t> fresh;  // (kMaxRows * longest path) AttendArgs::fresh
     AlignedBuffer<float> rounded;   // (widest of these) inputs of products, or keys, in bfloat16
     double gemm_seconds = 0.0;
@@ -81,12 +81,12 @@ class Decoder {
   float* RowOf(AlignedBuffer<float>& buffer, int row, int width) {
     return buffer.data() + static_cast<size_t>(row) * width;
   }
-  // Of all nodes, keys or values of one head.
-  size_t head_size() const { return max_nodes_ * model_.shape.head_stride(); }
-  // The key of a row's node; its value is head_size() numbers further.
-  std::byte* KeyOf(int layer, int head, int row) {
+  // Of all nodes, keys or values of one bundle of heads.
+  size_t bundle_size() const { return max_nodes_ * model_.head_layout.stride; }
+  // The key of a row's node; its value is bundle_size() numbers further.
+  std::byte* KeyOf(int layer, int bundle, int row) {
     const size_t node = pass_->node[row];
-    const size_t number = 2 * head * head_size() + node * model_.shape.head_stride();
+    const size_t number = 2 * bundle * bundle_size() + node * model_.head_layout.stride;
     return kv_[layer].data() + number * model_.key_bytes();
   }
   void Count(const Pass& pass);
@@ -95,7 +95,8 @@ class Decoder {
   ThreadPool& pool_;
   const Pass* pass_ = nullptr;
   size_t max_nodes_ = 0;
-  // a layer: (num_heads, 2, max_nodes, head_stride) float32, or bfloat16 if the weights are
+  // a layer: (num_bundles, 2, max_nodes, stride) of HeadLayout, float32, or bfloat16 if the weights
+  // are
   std::vector<AlignedBuffer<std::byte>> kv_;
   FirstLayer first_;
   AlignedBuffer<float> h_;        // (rows, width) residual stream

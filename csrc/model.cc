@@ -18,15 +18,14 @@ AlignedBuffer<float> Padded(const float* source, int rows, int cols, int padded)
   return out;
 }
 
-// Where index i of concatenated heads lies among padded ones.
-int HeadColumn(const Shape& shape, int i) {
-  return i / shape.head_dim() * shape.head_stride() + i % shape.head_dim();
-}
-
 class Packer {
  public:
-  Packer(const Shape& shape, const WeightSource& weights, const Ops& ops, bool bf16)
-      : shape_(shape), weights_(weights), panel_width_(ops.panel_width), bf16_(bf16) {}
+  Packer(const Model& model, const WeightSource& weights)
+      : shape_(model.shape),
+        head_layout_(model.head_layout),
+        weights_(weights),
+        panel_width_(model.ops.panel_width),
+        bf16_(model.bf16) {}
 
   AlignedBuffer<float> Vector(const std::string& name) const {
     return Padded(weights_.Get(name, shape_.embed_dim), 1, shape_.embed_dim, shape_.width());
@@ -42,9 +41,7 @@ class Packer {
     PackedMatrix packed(shape_.width(), 3 * shape_.attn_width(), panel_width_, bf16_);
     const char* parts[] = {"key", "value", "query"};
     for (int part = 0; part < 3; ++part) {
-      const auto column = [&](int col) {
-        return part * shape_.attn_width() + HeadColumn(shape_, col);
-      };
+      const auto column = [&](int col) { return part * shape_.attn_width() + HeadColumn(col); };
       Fill(packed, prefix + parts[part], shape_.embed_dim, shape_.embed_dim, column, Same);
     }
     return packed;
@@ -52,7 +49,7 @@ class Packer {
 
   PackedMatrix Proj(const std::string& name) const {
     PackedMatrix packed(shape_.attn_width(), shape_.width(), panel_width_, bf16_);
-    const auto row = [&](int i) { return HeadColumn(shape_, i); };
+    const auto row = [this](int i) { return HeadColumn(i); };
     Fill(packed, name, shape_.embed_dim, shape_.embed_dim, Same, row);
     return packed;
   }
@@ -78,6 +75,10 @@ class Packer {
 
  private:
   static int Same(int i) { return i; }
+  // Of index i of heads one after the other, as PyTorch has them.
+  int HeadColumn(int i) const {
+    return head_layout_.Column(i / shape_.head_dim(), i % shape_.head_dim());
+  }
 
   // weight (n, k) and bias (n) of a PyTorch linear layer.
   template <typename Column, typename Row>
@@ -100,6 +101,7 @@ class Packer {
   }
 
   const Shape& shape_;
+  const HeadLayout& head_layout_;
   const WeightSource& weights_;
   int panel_width_;
   bool bf16_;
@@ -109,6 +111,11 @@ void CheckSize(const char* name, int64_t value, int64_t low, int64_t high) {
   if (value >= low && value <= high) return;
   throw std::invalid_argument(std::string(name) + ": expected a number in [" + std::to_string(low) +
                               ", " + std::to_string(high) + "], got " + std::to_string(value));
+}
+
+const Shape& Checked(const Shape& shape) {
+  shape.Check();
+  return shape;
 }
 
 }  // namespace
@@ -134,6 +141,23 @@ void Shape::Check() const {
             kRows);
 }
 
+HeadLayout::HeadLayout(int num_heads, int head_dim, const Ops& ops, bool bf16) : bf16(bf16) {
+  constexpr int kWidest = 32;  // queries of two rows, and sums of their values, fit registers
+  const int head_stride = RoundUp(head_dim, kHeadPad);
+  heads = head_stride <= kWidest && num_heads % ops.bundle_heads == 0 ? ops.bundle_heads : 1;
+  stride = heads * head_stride;
+  num_bundles = num_heads / heads;
+}
+
+int HeadLayout::Column(int head, int i) const {
+  const int begin = head / heads * stride;
+  if (heads == 1) return begin + i;
+  const int width = heads * kBundleNumbers, vector = i / kBundleNumbers;
+  const int lane = head % heads * kBundleNumbers + i % kBundleNumbers;
+  if (bf16) return begin + (vector / 2 * width + lane) * 2 + vector % 2;
+  return begin + vector * width + lane;
+}
+
 PackedMatrix::PackedMatrix(int k, int n, int panel_width, bool bf16)
     : k_(k), n_(n), panel_width_(panel_width), bf16_(bf16) {
   const size_t size = static_cast<size_t>(k) * n;
@@ -151,9 +175,11 @@ void PackedMatrix::Set(int i, int col, float value) {
 }
 
 Model::Model(const Shape& s, const WeightSource& weights, const Ops& o, bool b)
-    : shape(s), ops(o), bf16(b) {
-  shape.Check();
-  const Packer pack(shape, weights, ops, bf16);
+    : shape(Checked(s)),
+      ops(o),
+      bf16(b),
+      head_layout(shape.num_heads, shape.head_dim(), ops, bf16) {
+  const Packer pack(*this, weights);
   embedding = pack.Table("tok_emb.weight", shape.vocab_size * shape.transition_dim() + 1);
   if (shape.goal_len > 0) {
     // appended to the same table

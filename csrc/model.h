@@ -43,6 +43,23 @@ struct Shape {
   int logits_width() const { return RoundUp(num_ids(), kPad); }
 };
 
+// Where the numbers of heads lie in keys, values and queries. A bundle is one head, its numbers in
+// order; or it is Ops::bundle_heads of them, if they divide so and are at most 32 wide. Then it has
+// kBundleNumbers of each of its heads in turn: a vector's products belong to several heads, and a
+// key's sum is within four lanes. In bfloat16 two such vectors lie zipped, as they are loaded.
+struct HeadLayout {
+  HeadLayout(int num_heads, int head_dim, const Ops& ops, bool bf16);
+
+  int heads;   // of a bundle
+  int stride;  // numbers of a bundle, padded
+  int num_bundles;
+  bool bf16;
+
+  int width() const { return num_bundles * stride; }
+  // Of number i of a head, among those of all heads.
+  int Column(int head, int i) const;
+};
+
 // A weight matrix in the layout of MatrixView.
 class PackedMatrix {
  public:
@@ -88,6 +105,7 @@ struct Model {
   Shape shape;
   const Ops& ops;
   bool bf16;
+  HeadLayout head_layout;
   AlignedBuffer<float> embedding;  // (vocab_size * transition_dim + 1 [+ goal rows], width)
   AlignedBuffer<float> position;   // (block_size, width)
   AlignedBuffer<float> lnf_gamma, lnf_beta;

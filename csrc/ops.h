@@ -16,6 +16,8 @@ namespace tt {
 inline constexpr int kPad = 32;
 // Each attention head is padded to a multiple of this.
 inline constexpr int kHeadPad = 16;
+// Numbers of each head that a vector of a bundle holds, see HeadLayout.
+inline constexpr int kBundleNumbers = 4;
 // Rows whose attention scores are held at once; even, as rows go in pairs.
 inline constexpr int kScoreRows = 8;
 // Most rows that one call of `gemm` or `attend` takes.
@@ -34,25 +36,26 @@ struct MatrixView {
   bool bf16;  // inputs are rounded to bfloat16 too; sums are float32
 };
 
-// Queries of some rows over the keys of their ancestors.
+// Queries of some rows over the keys of their ancestors. Heads lie in bundles, see HeadLayout.
 struct AttendArgs {
   int rows;        // at most kMaxRows
-  const float* q;  // (rows, q_stride), of which (num_heads, head_stride) are used
+  const float* q;  // (rows, q_stride), of which (num_bundles, bundle_stride) are used
   size_t q_stride;
-  // (num_heads, 2, head_size): of each head all nodes' keys, then their values. (A node's two
+  // (num_bundles, 2, bundle_size): of each bundle all nodes' keys, then their values. (A node's two
   // beside each other would leave half of the first cache's sets to each.) float32 or bfloat16;
   // arithmetic is float32.
   const void* kv;
   bool bf16;
-  size_t head_size;
+  size_t bundle_size;
   const uint32_t* const* paths;  // (rows) of (len) offsets of nodes in kv
   const int32_t* lens;           // (rows), at least 1
   const int32_t* shared;         // (rows) how much of its path a row shares with the row before it
-  int num_heads;
-  int head_stride;     // multiple of kHeadPad
+  int num_bundles;
+  int bundle_heads;    // 1, or Ops::bundle_heads
+  int bundle_stride;   // multiple of kHeadPad
   float scale;         // 1 / sqrt(head_dim)
   float* scores;       // scratch (kScoreRows, scores_size)
-  size_t scores_size;  // at least RoundUp(longest len, kPad)
+  size_t scores_size;  // at least bundle_heads * RoundUp(longest len, kPad)
   uint32_t* fresh;     // scratch (rows * longest len)
   float* out;          // (rows, out_stride)
   size_t out_stride;
@@ -149,6 +152,7 @@ struct KeepArgs {
 struct Ops {
   const char* name;
   int panel_width;
+  int bundle_heads;  // that `attend` takes at once, if a model's heads suit it
   // c (rows, num_cols) = a (rows, k) w + bias, or += with `add`; num_cols counts whole panels.
   // scratch: (rows, k) of four bytes, for inputs rounded if w.bf16.
   void (*gemm)(const MatrixView& w, int num_cols, const float* a, size_t lda, int rows, float* c,

@@ -99,6 +99,23 @@ inline Vec SumEach(const Vec (&p)[16]) {
   return Vec(_mm512_add_ps(_mm512_shuffle_ps(even, odd, 0x88), _mm512_shuffle_ps(even, odd, 0xDD)));
 }
 
+// Lane 4 h + i is the sum of the four lanes 4 h and up of p[i].
+inline Vec SumEach(const Vec (&p)[4]) {
+  const __m512 even = SumQuarters(p[0].v, p[1].v), odd = SumQuarters(p[2].v, p[3].v);
+  return Vec(_mm512_add_ps(_mm512_shuffle_ps(even, odd, 0x88), _mm512_shuffle_ps(even, odd, 0xDD)));
+}
+
+// Of each four lanes: their largest, their sum, and lane i, in all of them.
+inline Vec MaxOfFour(Vec a) {
+  const __m512 x = _mm512_max_ps(a.v, _mm512_permute_ps(a.v, 0x4E));
+  return Vec(_mm512_max_ps(x, _mm512_permute_ps(x, 0xB1)));
+}
+inline Vec SumOfFour(Vec a) {
+  const __m512 x = _mm512_add_ps(a.v, _mm512_permute_ps(a.v, 0x4E));
+  return Vec(_mm512_add_ps(x, _mm512_permute_ps(x, 0xB1)));
+}
+inline Vec OneOfFour(Vec a, int i) { return Vec(_mm512_permutevar_ps(a.v, _mm512_set1_epi32(i))); }
+
 // The nearest bfloat16, ties to even, in the upper halves; what is below does not count.
 inline __m512i NearestBf16(Vec a) {
   const __m512i bits = _mm512_castps_si512(a.v);

@@ -63,30 +63,31 @@ void Softmax(const float* x, int n, float* probs) {
 float Number(float x) { return x; }
 float Number(uint16_t x) { return FromBf16(x); }
 
+// A bundle is one head.
 template <typename Key>
 void AttendRow(const AttendArgs& args, int r, int head) {
   const uint32_t* path = args.paths[r];
-  const float* q = args.q + r * args.q_stride + head * args.head_stride;
-  const Key* keys = static_cast<const Key*>(args.kv) + 2 * head * args.head_size;
+  const float* q = args.q + r * args.q_stride + head * args.bundle_stride;
+  const Key* keys = static_cast<const Key*>(args.kv) + 2 * head * args.bundle_size;
   for (int j = 0; j < args.lens[r]; ++j) {
     float dot = 0.0f;
-    for (int i = 0; i < args.head_stride; ++i) dot += q[i] * Number(keys[path[j] + i]);
+    for (int i = 0; i < args.bundle_stride; ++i) dot += q[i] * Number(keys[path[j] + i]);
     args.scores[j] = dot * args.scale;
   }
   Softmax(args.scores, args.lens[r], args.scores);
-  for (int i = 0; i < args.head_stride; ++i) {
+  for (int i = 0; i < args.bundle_stride; ++i) {
     float sum = 0.0f;
     for (int j = 0; j < args.lens[r]; ++j) {
-      sum += args.scores[j] * Number(keys[args.head_size + path[j] + i]);
+      sum += args.scores[j] * Number(keys[args.bundle_size + path[j] + i]);
     }
-    args.out[r * args.out_stride + head * args.head_stride + i] = sum;
+    args.out[r * args.out_stride + head * args.bundle_stride + i] = sum;
   }
 }
 
 void Attend(const AttendArgs& args) {
   const auto attend = args.bf16 ? AttendRow<uint16_t> : AttendRow<float>;
   for (int r = 0; r < args.rows; ++r) {
-    for (int head = 0; head < args.num_heads; ++head) attend(args, r, head);
+    for (int head = 0; head < args.num_bundles; ++head) attend(args, r, head);
   }
 }
 
@@ -99,9 +100,9 @@ double PeakLoop(int64_t iterations, bool) {
   return static_cast<double>(iterations) * 16.0;
 }
 
-constexpr Ops kOps = {"scalar",  kPanel,        Gemm,         RoundNumbers,  LayerNorm,
-                      Gelu,      Attend,        TrainForward, TrainBackward, TrainGelu,
-                      TrainNorm, TrainNormGrad, DrawKeep,     Softmax,       PeakLoop};
+constexpr Ops kOps = {
+    "scalar",     kPanel,        1,         Gemm,      RoundNumbers,  LayerNorm, Gelu,    Attend,
+    TrainForward, TrainBackward, TrainGelu, TrainNorm, TrainNormGrad, DrawKeep,  Softmax, PeakLoop};
 
 }  // namespace
 

@@ -59,13 +59,13 @@ inline Vec DotVecs(const Vec (&q)[kVecs], const Key* key) {
 // ---- attention: memory ----
 //
 // Half of a plan's keys and values are one row's alone, too many for the second cache, and all over
-// the place. So each step of a pair of rows asks for a few nodes of the next pair: memory works
-// while we compute. (All requests at once would be no faster than none: only so many can wait.)
+// the place. While we compute on what is near, lines of what is not are asked for, about as many as
+// the third cache delivers in that time: requests beyond that are dropped.
 
 // What each row has on its path and the row before it has not.
 struct FreshNodes {
   const uint32_t* nodes;
-  int begin[tt::kMaxRows + 4];  // in `nodes`, of a row; of rows that do not exist, the end
+  int begin[tt::kMaxRows + 1];  // in `nodes`, of a row
 };
 
 inline FreshNodes CollectFresh(const AttendArgs& args) {
@@ -76,106 +76,152 @@ inline FreshNodes CollectFresh(const AttendArgs& args) {
     fresh.begin[r] = count;
     for (int j = args.shared[r]; j < args.lens[r]; ++j) args.fresh[count++] = args.paths[r][j];
   }
-  for (int r = args.rows; r < args.rows + 4; ++r) fresh.begin[r] = count;
+  fresh.begin[args.rows] = count;
   return fresh;
 }
 
-// The next pair's nodes, spread over the steps of this one.
+// Asks for the fresh keys, or values, of rows [begin, end), a line at a time.
 template <int kVecs, typename Key>
 struct Prefetcher {
-  const Key* base = nullptr;  // keys or values of one head
+  static constexpr int kBytes = kVecs * kWidth * sizeof(Key);
+  const Key* base = nullptr;  // keys or values of one bundle
   const uint32_t* next = nullptr;
   const uint32_t* end = nullptr;
-  int per_step = 0;
+  int byte = 0;  // of the next node
 
   Prefetcher() = default;
-  Prefetcher(const Key* base, const FreshNodes& fresh, int row, int num_steps)
-      : base(base),
-        next(fresh.nodes + fresh.begin[row]),
-        end(fresh.nodes + fresh.begin[row + 2]),
-        per_step(static_cast<int>(end - next + num_steps - 1) / num_steps) {}
+  Prefetcher(const Key* base, const FreshNodes& fresh, int begin, int end)
+      : base(base), next(fresh.nodes + fresh.begin[begin]), end(fresh.nodes + fresh.begin[end]) {}
 
-  inline __attribute__((always_inline)) void Step() {
-    const uint32_t* stop = end - next < per_step ? end : next + per_step;
-    for (; next < stop; ++next) {
-      const char* node = reinterpret_cast<const char*>(base + *next);
-      UNROLL for (size_t i = 0; i < kVecs * kWidth * sizeof(Key); i += 64) {
-        __builtin_prefetch(node + i, 0, 3);
-      }
+  inline __attribute__((always_inline)) void Ask(int num_lines) {
+    for (int i = 0; i < num_lines && next < end; ++i) {
+      __builtin_prefetch(reinterpret_cast<const char*>(base + *next) + byte, 0, 2);
+      byte += kLine;
+      if (byte < kBytes) continue;
+      byte = 0;
+      ++next;
     }
+  }
+
+  // What comes before is being read already.
+  void SkipTo(const uint32_t* node) {
+    if (next >= node) return;
+    next = node;
+    byte = 0;
   }
 };
 
-// ---- attention: three steps of one head, QK, exp, weighted sum ----
+// ---- attention: three steps of one bundle of heads, QK, exp, weighted sum ----
 //
 // A row alone, or two neighbours at once over the ancestors that they share: each key and value is
-// then loaded once for both.
+// then loaded once for both. Scores lie as they are computed, in vectors of kLanes keys: lane
+// h * kLanes + i is of head h and key i.
 
-// scores[j] = q . k_j for j in [begin, len), kMasked after them; begin is a multiple of kWidth.
-template <int kVecs, typename Key>
+template <int kHeads>
+inline constexpr int kLanesOf = kWidth / kHeads;
+
+// Of all lanes of each head, in each of them.
+template <int kHeads>
+inline Vec SpreadMax(Vec x) {
+  if constexpr (kHeads == 1) return Vec(MaxLane(x));
+  if constexpr (kHeads > 1) return MaxOfFour(x);
+}
+template <int kHeads>
+inline Vec SpreadSum(Vec x) {
+  if constexpr (kHeads == 1) return Vec(Sum(x));
+  if constexpr (kHeads > 1) return SumOfFour(x);
+}
+
+// The weight of one of four keys, over the lanes of each head.
+template <int kHeads>
+inline Vec SpreadWeight(const float* weights, int i) {
+  if constexpr (kHeads == 1) return Vec::Broadcast(weights + i);
+  if constexpr (kHeads > 1) return OneOfFour(Vec::Load(weights), i);
+}
+
+// The scores of keys [len, end of the last vector) become kMasked.
+template <int kHeads>
+inline void MaskScores(float* scores, int len) {
+  constexpr int kLanes = kLanesOf<kHeads>;
+  float* last = scores + len / kLanes * kWidth;
+  for (int i = len % kLanes; i > 0 && i < kLanes; ++i) {
+    for (int head = 0; head < kHeads; ++head) last[head * kLanes + i] = kMasked;
+  }
+}
+
+// Scores of keys [begin, len), kMasked after them; begin is a multiple of kLanes.
+template <int kHeads, int kVecs, typename Key>
 inline void DotKeys(const float* q, float scale, const Key* keys, const uint32_t* path, int begin,
                     int len, float* scores, Prefetcher<kVecs, Key>& prefetcher) {
+  constexpr int kLanes = kLanesOf<kHeads>;
   Vec query[kVecs];
   LoadQuery<kVecs, Key>(q, scale, query);
-  // a vector of partial sums a key, then all of them reduced at once: lane i belongs to key j + i
-  for (int j = begin; j < len; j += kWidth) {
-    prefetcher.Step();
-    Vec partial[kWidth];
-    if (j + kWidth <= len) {
-      UNROLL for (int i = 0; i < kWidth; ++i) {
+  // a vector of partial sums a key, then all of them reduced at once
+  for (int j = begin; j < len; j += kLanes) {
+    prefetcher.Ask(kLanes);
+    Vec partial[kLanes];
+    if (j + kLanes <= len) {
+      UNROLL for (int i = 0; i < kLanes; ++i) {
         partial[i] = DotVecs<kVecs, Key>(query, keys + path[j + i]);
       }
     } else {
-      UNROLL for (int i = 0; i < kWidth; ++i) {
+      UNROLL for (int i = 0; i < kLanes; ++i) {
         partial[i] = DotVecs<kVecs, Key>(query, keys + path[j + i < len ? j + i : len - 1]);
       }
     }
-    SumEach(partial).Store(scores + j);
+    SumEach(partial).Store(scores + j * kHeads);
   }
-  for (int j = len; j < tt::RoundUp(len, kWidth); ++j) scores[j] = kMasked;
+  MaskScores<kHeads>(scores, len);
 }
 
-// The same of a row and the next one over [0, end), a multiple of kWidth.
-template <int kVecs, typename Key>
+// The same of a row and the next one over [0, end), a multiple of kLanes.
+template <int kHeads, int kVecs, typename Key>
 inline void DotSharedKeys(const float* q, size_t q_stride, float scale, const Key* keys,
                           const uint32_t* path, int end, float* scores, size_t scores_size,
                           Prefetcher<kVecs, Key>& prefetcher) {
+  constexpr int kLanes = kLanesOf<kHeads>;
   Vec query0[kVecs], query1[kVecs];
   LoadQuery<kVecs, Key>(q, scale, query0);
   LoadQuery<kVecs, Key>(q + (end > 0 ? q_stride : 0), scale, query1);
-  for (int j = 0; j < end; j += kWidth) {
-    prefetcher.Step();
-    Vec partial0[kWidth], partial1[kWidth];
-    UNROLL for (int i = 0; i < kWidth; ++i) {
+  for (int j = 0; j < end; j += kLanes) {
+    prefetcher.Ask(kLanes);
+    Vec partial0[kLanes], partial1[kLanes];
+    UNROLL for (int i = 0; i < kLanes; ++i) {
       partial0[i] = DotVecs<kVecs, Key>(query0, keys + path[j + i]);
       partial1[i] = DotVecs<kVecs, Key>(query1, keys + path[j + i]);
     }
-    SumEach(partial0).Store(scores + j);
-    SumEach(partial1).Store(scores + scores_size + j);
+    SumEach(partial0).Store(scores + j * kHeads);
+    SumEach(partial1).Store(scores + scores_size + j * kHeads);
   }
 }
 
-// scores[j] = exp(scores[j] - max); returns one over their sum.
-inline float ExpScores(float* scores, int len) {
-  Vec largest = Vec::Load(scores);
-  for (int j = kWidth; j < len; j += kWidth) largest = Max(largest, Vec::Load(scores + j));
-  const Vec max(MaxLane(largest));
+// scores = exp(scores - max of the head); returns one over their sum, of each head.
+template <int kHeads, int kVecs, typename Key>
+inline Vec ExpScores(float* scores, int len, Prefetcher<kVecs, Key>& prefetcher) {
+  constexpr int kLanes = kLanesOf<kHeads>;
+  Vec max = Vec::Load(scores);
+  for (int j = kLanes; j < len; j += kLanes) max = Max(max, Vec::Load(scores + j * kHeads));
+  max = SpreadMax<kHeads>(max);
   Vec sum(0.0f);
-  for (int j = 0; j < len; j += kWidth) {
-    const Vec e = Exp(Vec::Load(scores + j) - max);
-    e.Store(scores + j);
+  for (int j = 0; j < len; j += kLanes) {
+    prefetcher.Ask(2);
+    const Vec e = Exp(Vec::Load(scores + j * kHeads) - max);
+    e.Store(scores + j * kHeads);
     sum = sum + e;
   }
-  return 1.0f / Sum(sum);
+  return Vec(1.0f) / SpreadSum<kHeads>(sum);
 }
 
 // A weighted sum is several sums side by side, which hides the latency of a multiply-add: value j
 // goes to chain j % kChains. A row's order of additions is the same alone and beside another one,
-// so that plans do not depend on how rows are shared out.
+// so that plans do not depend on how rows are shared out. What registers cannot hold for two rows
+// is done in parts.
+constexpr int kValues = 4;  // a step
 template <int kVecs>
-inline constexpr int kChainsOf = kRegisters / 4 / kVecs > 4   ? 4
-                                 : kRegisters / 4 / kVecs < 1 ? 1
-                                                              : kRegisters / 4 / kVecs;
+inline constexpr int kPartOf = kVecs < kRegisters / 4 ? kVecs : kRegisters / 4;
+template <int kVecs>
+inline constexpr int kChainsOf =
+    kRegisters / 4 / kVecs > kValues ? kValues : kRegisters / 4 / kVecs;
 
 template <int kVecs>
 struct Chains {
@@ -184,54 +230,58 @@ struct Chains {
 };
 
 template <int kVecs, typename Key>
-inline void StoreTotal(const Chains<kVecs>& chains, float scale, float* out) {
+inline void StoreTotal(const Chains<kVecs>& chains, Vec scale, float* out) {
   Vec totals[kVecs];
   UNROLL for (int v = 0; v < kVecs; ++v) {
     totals[v] = chains.sums[0][v];
     UNROLL for (int c = 1; c < chains.kChains; ++c) totals[v] = totals[v] + chains.sums[c][v];
-    totals[v] = totals[v] * Vec(scale);
+    totals[v] = totals[v] * scale;
   }
   StoreInOrder<kVecs, Key>(totals, out);
 }
 
 template <int kVecs, typename Key>
-inline void AddOne(float weight, const Key* value, Vec (&sums)[kVecs]) {
-  const Vec w(weight);
-  UNROLL for (int v = 0; v < kVecs; ++v) sums[v] = Fma(w, LoadPart<kVecs>(value, v), sums[v]);
+inline void AddOne(Vec weight, const Key* value, Vec (&sums)[kVecs]) {
+  UNROLL for (int v = 0; v < kVecs; ++v) sums[v] = Fma(weight, LoadPart<kVecs>(value, v), sums[v]);
 }
 
-// Chains of values [0, end), then of [end, len) too; end is a multiple of kWidth. By value: sums
+// Chains of values [0, end), then of [end, len) too; end is a multiple of kValues. By value: sums
 // that live in a register may have no address.
-template <int kVecs, typename Key>
+template <int kHeads, int kVecs, typename Key, typename Prefetch>
 inline Chains<kVecs> AddValues(Chains<kVecs> chains, const float* weights, const Key* values,
-                               const uint32_t* path, int end, int len,
-                               Prefetcher<kVecs, Key>& prefetcher) {
+                               const uint32_t* path, int end, int len, Prefetch& prefetcher) {
   int j = end;
-  for (; j + chains.kChains <= len; j += chains.kChains) {
-    prefetcher.Step();
-    UNROLL for (int c = 0; c < chains.kChains; ++c) {
-      AddOne<kVecs, Key>(weights[j + c], values + path[j + c], chains.sums[c]);
+  for (; j + kValues <= len; j += kValues) {
+    prefetcher.Ask(kValues);
+    UNROLL for (int i = 0; i < kValues; ++i) {
+      AddOne<kVecs, Key>(SpreadWeight<kHeads>(weights + j * kHeads, i), values + path[j + i],
+                         chains.sums[i % chains.kChains]);
     }
   }
-  for (; j < len; ++j) AddOne<kVecs, Key>(weights[j], values + path[j], chains.sums[0]);
+  UNROLL for (int i = 0; i < kValues - 1; ++i) {
+    if (j + i >= len) break;
+    AddOne<kVecs, Key>(SpreadWeight<kHeads>(weights + j * kHeads, i), values + path[j + i],
+                       chains.sums[i % chains.kChains]);
+  }
   return chains;
 }
 
 // Of a row and the next one, values [0, end).
-template <int kVecs, typename Key>
+template <int kHeads, int kVecs, typename Key, typename Prefetch>
 inline void AddSharedValues(const float* weights, size_t stride, const Key* values,
                             const uint32_t* path, int end, Chains<kVecs>* out,
-                            Prefetcher<kVecs, Key>& prefetcher) {
+                            Prefetch& prefetcher) {
   Chains<kVecs> a, b;
   UNROLL for (int c = 0; c < a.kChains; ++c) {
     UNROLL for (int v = 0; v < kVecs; ++v) a.sums[c][v] = b.sums[c][v] = Vec(0.0f);
   }
-  for (int j = 0; j < end; j += a.kChains) {
-    prefetcher.Step();
-    UNROLL for (int c = 0; c < a.kChains; ++c) {
-      const Vec w0 = Vec::Broadcast(weights + j + c);
-      const Vec w1 = Vec::Broadcast(weights + stride + j + c);
-      const Key* value = values + path[j + c];
+  for (int j = 0; j < end; j += kValues) {
+    prefetcher.Ask(kValues);
+    UNROLL for (int i = 0; i < kValues; ++i) {
+      const int c = i % a.kChains;
+      const Vec w0 = SpreadWeight<kHeads>(weights + j * kHeads, i);
+      const Vec w1 = SpreadWeight<kHeads>(weights + stride + j * kHeads, i);
+      const Key* value = values + path[j + i];
       UNROLL for (int v = 0; v < kVecs; ++v) {
         const Vec x = LoadPart<kVecs>(value, v);
         a.sums[c][v] = Fma(w0, x, a.sums[c][v]);
@@ -243,101 +293,113 @@ inline void AddSharedValues(const float* weights, size_t stride, const Key* valu
   out[1] = b;
 }
 
-// One head of rows [r, r + num_rows), at most kScoreRows: each step for all of them before the next
-// one, as a row alone would wait for its own maximum and sum. Pairs of rows share keys and values.
-template <int kVecs, typename Key>
-inline void AttendBlock(const AttendArgs& args, const FreshNodes& fresh, int head, int r,
+// One bundle of rows [r, r + num_rows), at most kScoreRows: each step for all of them before the
+// next one, as a row alone would wait for its own maximum and sum. Pairs of rows share keys and
+// values.
+template <int kHeads, int kVecs, typename Key>
+inline void AttendBlock(const AttendArgs& args, const FreshNodes& fresh, int bundle, int r,
                         int num_rows) {
-  const int column = head * args.head_stride;
-  const Key* keys = static_cast<const Key*>(args.kv) + 2 * head * args.head_size;
-  const Key* values = keys + args.head_size;
+  constexpr int kLanes = kLanesOf<kHeads>, kPart = kPartOf<kVecs>;
+  static_assert(kLanes % kValues == 0 && kVecs % kPart == 0);
+  const int column = bundle * args.bundle_stride;
+  const Key* keys = static_cast<const Key*>(args.kv) + 2 * bundle * args.bundle_size;
+  const Key* values = keys + args.bundle_size;
   const float* q = args.q + r * args.q_stride + column;
   float* out = args.out + r * args.out_stride + column;
   const uint32_t* const* paths = args.paths + r;
   const int32_t* lens = args.lens + r;
   int ends[tt::kScoreRows];  // what a pair does together
-  float scales[tt::kScoreRows];
+  Vec scales[tt::kScoreRows];
   const auto scores = [&args](int i) { return args.scores + i * args.scores_size; };
-  // of a pair whose rows go alone after `ends`, with `size` nodes a step
-  const auto num_steps = [&](int i, int size) {
-    return ends[i] / size + 2 * ((lens[i] - ends[i] + size - 1) / size) + 1;
-  };
+  const auto fresh_of = [&](int i) { return fresh.nodes + fresh.begin[r + i]; };
 
+  Prefetcher<kVecs, Key> asks_keys(keys, fresh, r, r + num_rows);
   for (int i = 0; i < num_rows; i += 2) {
     const bool is_pair = i + 1 < num_rows;
-    ends[i] = is_pair ? args.shared[r + i + 1] / kWidth * kWidth : 0;
-    Prefetcher<kVecs, Key> prefetcher(keys, fresh, r + i + 2, num_steps(i, kWidth));
-    DotSharedKeys<kVecs, Key>(q + i * args.q_stride, args.q_stride, args.scale, keys, paths[i],
-                              ends[i], scores(i), args.scores_size, prefetcher);
+    ends[i] = is_pair ? args.shared[r + i + 1] / kLanes * kLanes : 0;
+    asks_keys.SkipTo(fresh_of(i));
+    DotSharedKeys<kHeads, kVecs, Key>(q + i * args.q_stride, args.q_stride, args.scale, keys,
+                                      paths[i], ends[i], scores(i), args.scores_size, asks_keys);
     for (int row = i; row < i + 1 + is_pair; ++row) {
-      DotKeys<kVecs, Key>(q + row * args.q_stride, args.scale, keys, paths[row], ends[i], lens[row],
-                          scores(row), prefetcher);
+      DotKeys<kHeads, kVecs, Key>(q + row * args.q_stride, args.scale, keys, paths[row], ends[i],
+                                  lens[row], scores(row), asks_keys);
     }
   }
-  for (int i = 0; i < num_rows; ++i) scales[i] = ExpScores(scores(i), lens[i]);
+  Prefetcher<kVecs, Key> asks_values(values, fresh, r, r + num_rows);
+  for (int i = 0; i < num_rows; ++i) {
+    scales[i] = ExpScores<kHeads>(scores(i), lens[i], asks_values);
+  }
   for (int i = 0; i < num_rows; i += 2) {
-    Chains<kVecs> chains[2];
-    Prefetcher<kVecs, Key> prefetcher(values, fresh, r + i + 2, num_steps(i, kChainsOf<kVecs>));
-    AddSharedValues<kVecs, Key>(scores(i), args.scores_size, values, paths[i], ends[i], chains,
-                                prefetcher);
-    for (int row = i; row < i + 2 && row < num_rows; ++row) {
-      StoreTotal<kVecs, Key>(AddValues<kVecs, Key>(chains[row - i], scores(row), values, paths[row],
-                                                   ends[i], lens[row], prefetcher),
-                             scales[row], out + row * args.out_stride);
+    asks_values.SkipTo(fresh_of(i));
+    for (int part = 0; part < kVecs * kWidth; part += kPart * kWidth) {
+      Chains<kPart> chains[2];
+      AddSharedValues<kHeads, kPart, Key>(scores(i), args.scores_size, values + part, paths[i],
+                                          ends[i], chains, asks_values);
+      for (int row = i; row < i + 2 && row < num_rows; ++row) {
+        StoreTotal<kPart, Key>(
+            AddValues<kHeads, kPart, Key>(chains[row - i], scores(row), values + part, paths[row],
+                                          ends[i], lens[row], asks_values),
+            scales[row], out + row * args.out_stride + part);
+      }
     }
   }
 }
 
-// Heads outside, rows inside: neighbouring rows share most ancestors, and one head's part of these
-// fits the first cache.
-template <int kVecs, typename Key>
-void AttendHeads(const AttendArgs& args) {
+// Bundles outside, rows inside: neighbouring rows share most ancestors, which stay in a near cache.
+template <int kHeads, int kVecs, typename Key>
+void AttendBundles(const AttendArgs& args) {
   const FreshNodes fresh = CollectFresh(args);
-  for (int head = 0; head < args.num_heads; ++head) {
+  for (int bundle = 0; bundle < args.num_bundles; ++bundle) {
     for (int r = 0; r < args.rows; r += tt::kScoreRows) {
       const int end = r + tt::kScoreRows < args.rows ? r + tt::kScoreRows : args.rows;
-      AttendBlock<kVecs, Key>(args, fresh, head, r, end - r);
+      AttendBlock<kHeads, kVecs, Key>(args, fresh, bundle, r, end - r);
     }
   }
 }
 
-// Heads of other widths, a vector at a time.
+// Heads of other widths, one by one, a vector at a time.
 template <typename Key>
 void AttendWide(const AttendArgs& args) {
-  for (int head = 0; head < args.num_heads; ++head) {
-    const Key* keys = static_cast<const Key*>(args.kv) + 2 * head * args.head_size;
+  Prefetcher<1, Key> none;
+  for (int head = 0; head < args.num_bundles; ++head) {
+    const Key* keys = static_cast<const Key*>(args.kv) + 2 * head * args.bundle_size;
     for (int r = 0; r < args.rows; ++r) {
       const uint32_t* path = args.paths[r];
       const int len = args.lens[r];
-      const float* q = args.q + r * args.q_stride + head * args.head_stride;
-      float* out = args.out + r * args.out_stride + head * args.head_stride;
+      const float* q = args.q + r * args.q_stride + head * args.bundle_stride;
+      float* out = args.out + r * args.out_stride + head * args.bundle_stride;
       for (int j = 0; j < tt::RoundUp(len, kWidth); ++j) {
         Vec sum(0.0f);
-        for (int i = 0; j < len && i < args.head_stride; i += kWidth) {
+        for (int i = 0; j < len && i < args.bundle_stride; i += kWidth) {
           sum = Fma(Vec::Load(q + i), LoadNumbers(keys + path[j] + i), sum);
         }
         args.scores[j] = j < len ? Sum(sum) * args.scale : kMasked;
       }
-      const float scale = ExpScores(args.scores, len);
-      for (int i = 0; i < args.head_stride; i += kWidth) {
+      const Vec scale = ExpScores<1>(args.scores, len, none);
+      for (int i = 0; i < args.bundle_stride; i += kWidth) {
         Chains<1> chains;
         for (auto& sums : chains.sums) sums[0] = Vec(0.0f);
-        const Key* values = keys + args.head_size + i;
-        Prefetcher<1, Key> none;
-        StoreTotal<1, Key>(AddValues<1, Key>(chains, args.scores, values, path, 0, len, none),
+        const Key* values = keys + args.bundle_size + i;
+        StoreTotal<1, Key>(AddValues<1, 1, Key>(chains, args.scores, values, path, 0, len, none),
                            scale, out + i);
       }
     }
   }
 }
 
+constexpr int kBundleHeads = kWidth / tt::kBundleNumbers;
+
 template <typename Key>
 void AttendKeys(const AttendArgs& args) {
-  const int vecs = args.head_stride / kWidth;
-  if (vecs == 1) return AttendHeads<1, Key>(args);
-  if (vecs == 2) return AttendHeads<2, Key>(args);
-  if (vecs == 4) return AttendHeads<4, Key>(args);
-  if (vecs == 8) return AttendHeads<8, Key>(args);
+  const int vecs = args.bundle_stride / kWidth;
+  if constexpr (kBundleHeads > 1) {
+    if (args.bundle_heads > 1 && vecs == 4) return AttendBundles<kBundleHeads, 4, Key>(args);
+    if (args.bundle_heads > 1) return AttendBundles<kBundleHeads, 8, Key>(args);
+  }
+  if (vecs == 1) return AttendBundles<1, 1, Key>(args);
+  if (vecs == 2) return AttendBundles<1, 2, Key>(args);
+  if (vecs == 4) return AttendBundles<1, 4, Key>(args);
+  if (vecs == 8) return AttendBundles<1, 8, Key>(args);
   AttendWide<Key>(args);
 }
 

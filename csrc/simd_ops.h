@@ -249,9 +249,9 @@ double PeakLoop(int64_t iterations, bool) {
 }
 
 constexpr Ops MakeOps(decltype(Ops::gemm) gemm, decltype(Ops::peak_loop) peak_loop) {
-  return {kName,     kPanel,        gemm,         RoundNumbers,  LayerNorm,
-          GeluRow,   Attend,        TrainForward, TrainBackward, TrainGelu,
-          TrainNorm, TrainNormGrad, DrawKeep,     Softmax,       peak_loop};
+  return {kName,         kPanel,   kBundleHeads, gemm,          RoundNumbers, LayerNorm,
+          GeluRow,       Attend,   TrainForward, TrainBackward, TrainGelu,    TrainNorm,
+          TrainNormGrad, DrawKeep, Softmax,      peak_loop};
 }
 
 }  // namespace

@@ -103,7 +103,7 @@ class TokenTree {
     return paths_.data() + RowIndex(context, row) * max_path_;
   }
   int32_t* KeyOf(int row) { return keys_.data() + static_cast<size_t>(row) * max_path_; }
-  int NodeOffset(int node) const { return node * model_.shape.head_stride(); }
+  int NodeOffset(int node) const { return node * model_.head_layout.stride; }
   int NewNode(int context);
   void FreeDeadNodes(int context);
   int WindowStart(int num_tokens) const;

@@ -5,6 +5,7 @@
 #include "bfloat16.h"
 #include "check.h"
 #include "isa.h"
+#include "model.h"
 #include "ops.h"
 #include "oracle.h"
 #include "random.h"
@@ -15,28 +16,32 @@ namespace {
 constexpr float kGuard = 123.25f;  // in memory that must not be written
 
 struct AttendCase {
-  int rows, num_heads, head_dim, stride, num_nodes;
+  int rows, num_heads, head_dim, num_nodes;
   bool bf16;  // kv is rounded, and handed over as bfloat16
+  HeadLayout layout;
   size_t width;
   std::vector<float> q, kv;
   std::vector<std::vector<uint32_t>> paths;
   std::vector<int32_t> lens, shared;
 
   // A path is the first nodes of the row before it, up to all of them, then any others.
-  AttendCase(int num_heads, int head_dim, std::vector<int32_t> row_lens, double spread, bool bf16)
+  AttendCase(int num_heads, int head_dim, std::vector<int32_t> row_lens, double spread, bool bf16,
+             const Ops& ops)
       : rows(static_cast<int>(row_lens.size())),
         num_heads(num_heads),
         head_dim(head_dim),
-        stride(RoundUp(head_dim, kHeadPad)),
         num_nodes(*std::max_element(row_lens.begin(), row_lens.end()) + 9),
         bf16(bf16),
-        width(size_t(num_heads) * stride + 7),
+        layout(num_heads, head_dim, ops, bf16),
+        width(layout.width() + 7),
         lens(std::move(row_lens)) {
     Random random(num_heads * 100 + head_dim);
     q = random.Normals(rows * width, spread);
-    kv = random.Normals(size_t(num_heads) * num_nodes * 2 * stride, spread);
-    for (int i = 0; i < static_cast<int>(kv.size()); ++i) {
-      if (i % stride >= head_dim) kv[i] = 0.0f;
+    kv = random.Normals(size_t(num_nodes) * 2 * layout.width(), spread);
+    const std::vector<bool> is_used = UsedColumns();
+    for (size_t i = 0; i < kv.size(); ++i) {
+      const size_t bundle = i / (2 * bundle_size()), column = i % layout.stride;
+      if (!is_used[bundle * layout.stride + column]) kv[i] = 0.0f;
       if (bf16) kv[i] = RoundToBf16(kv[i]);
     }
     for (int r = 0; r < rows; ++r) {
@@ -50,16 +55,35 @@ struct AttendCase {
     std::vector<uint32_t> path;
     if (num_shared > 0) path.assign(paths.back().begin(), paths.back().begin() + num_shared);
     for (int node : random.Permutation(num_nodes)) {
-      const uint32_t offset = static_cast<uint32_t>(node * stride);
+      const uint32_t offset = static_cast<uint32_t>(node * layout.stride);
       if (static_cast<int>(path.size()) == len) break;
       if (std::find(path.begin(), path.end(), offset) == path.end()) path.push_back(offset);
     }
     paths.push_back(path);
   }
 
-  size_t head_size() const { return size_t(num_nodes) * stride; }
-  const float* Key(int row, int head, int j) const {
-    return &kv[2 * head * head_size() + paths[row][j]];
+  // No two numbers of heads lie at the same place.
+  std::vector<bool> UsedColumns() const {
+    std::vector<bool> is_used(layout.width());
+    for (int head = 0; head < num_heads; ++head) {
+      for (int i = 0; i < head_dim; ++i) {
+        CHECK(!is_used.at(layout.Column(head, i)));
+        is_used.at(layout.Column(head, i)) = true;
+      }
+    }
+    return is_used;
+  }
+
+  size_t bundle_size() const { return size_t(num_nodes) * layout.stride; }
+  double Query(int row, int head, int i) const { return q[row * width + layout.Column(head, i)]; }
+  // Number i of the key of node j of a row's path, and of its value.
+  const float* KeyAt(int row, int head, int j, int i) const {
+    const int column = layout.Column(head, i), bundle = column / layout.stride;
+    return &kv[2 * bundle * bundle_size() + paths[row][j] + column % layout.stride];
+  }
+  double Key(int row, int head, int j, int i) const { return *KeyAt(row, head, j, i); }
+  double Value(int row, int head, int j, int i) const {
+    return KeyAt(row, head, j, i)[bundle_size()];
   }
   double scale() const { return 1.0 / std::sqrt(static_cast<double>(head_dim)); }
 };
@@ -69,7 +93,7 @@ std::vector<float> RunAttend(const Ops& ops, const AttendCase& test, int begin, 
   std::vector<const uint32_t*> paths;
   for (const auto& path : test.paths) paths.push_back(path.data());
   const int longest = *std::max_element(test.lens.begin(), test.lens.end());
-  const size_t scores_size = RoundUp(longest, kPad);
+  const size_t scores_size = size_t(test.layout.heads) * RoundUp(longest, kPad);
   std::vector<float> scores(kScoreRows * scores_size), out((end - begin) * test.width, kGuard);
   std::vector<uint32_t> fresh((end - begin) * longest);
   std::vector<uint16_t> halves(test.bf16 ? test.kv.size() : 0);
@@ -81,12 +105,13 @@ std::vector<float> RunAttend(const Ops& ops, const AttendCase& test, int begin, 
   args.kv = test.kv.data();
   if (test.bf16) args.kv = halves.data();
   args.bf16 = test.bf16;
-  args.head_size = test.head_size();
+  args.bundle_size = test.bundle_size();
   args.paths = &paths[begin];
   args.lens = &test.lens[begin];
   args.shared = &test.shared[begin];
-  args.num_heads = test.num_heads;
-  args.head_stride = test.stride;
+  args.num_bundles = test.layout.num_bundles;
+  args.bundle_heads = test.layout.heads;
+  args.bundle_stride = test.layout.stride;
   args.scale = static_cast<float>(test.scale());
   args.scores = scores.data();
   args.scores_size = scores_size;
@@ -99,13 +124,12 @@ std::vector<float> RunAttend(const Ops& ops, const AttendCase& test, int begin, 
 
 void CheckAttendHead(const AttendCase& test, const std::vector<float>& out, int row, int head) {
   const int len = test.lens[row];
-  const float* q = &test.q[row * test.width + head * test.stride];
   Doubles scores;
   double score_size = 0.0;  // largest sum of absolute products
   for (int j = 0; j < len; ++j) {
     double dot = 0.0, size = 0.0;
     for (int i = 0; i < test.head_dim; ++i) {
-      const double product = double{q[i]} * test.Key(row, head, j)[i];
+      const double product = test.Query(row, head, i) * test.Key(row, head, j, i);
       dot += product;
       size += std::abs(product);
     }
@@ -115,14 +139,14 @@ void CheckAttendHead(const AttendCase& test, const std::vector<float>& out, int 
   const Doubles weights = Softmax(scores);
   // a weight's relative error is that of two scores' differences, of exp and of its sum
   const double relative = kRounding * (2.0 * (test.head_dim + 6) * score_size + 2.0 * len + 16);
-  for (int i = 0; i < test.stride; ++i) {
+  for (int i = 0; i < test.head_dim; ++i) {
     double want = 0.0, size = 0.0;
     for (int j = 0; j < len; ++j) {
-      const double product = weights[j] * test.Key(row, head, j)[test.head_size() + i];
+      const double product = weights[j] * test.Value(row, head, j, i);
       want += product;
       size += std::abs(product);
     }
-    const double got = out[row * test.width + head * test.stride + i];
+    const double got = out[row * test.width + test.layout.Column(head, i)];
     CHECK_LE(std::abs(got - want), relative * size + len * kTiny * 100);
   }
 }
@@ -131,10 +155,12 @@ void CheckAttend(const Ops& ops, const AttendCase& test) {
   const Context context(Text(ops.name, "heads", test.num_heads, "width", test.head_dim, "rows",
                              test.rows, "first len", test.lens[0], test.bf16 ? "bf16" : "fp32"));
   const std::vector<float> out = RunAttend(ops, test, 0, test.rows);
-  const size_t used = size_t(test.num_heads) * test.stride;
+  const std::vector<bool> is_used = test.UsedColumns();
   for (int row = 0; row < test.rows; ++row) {
     for (int head = 0; head < test.num_heads; ++head) CheckAttendHead(test, out, row, head);
-    for (size_t i = used; i < test.width; ++i) CHECK_EQ(out[row * test.width + i], kGuard);
+    const float* got = &out[row * test.width];
+    for (int i = 0; i < test.layout.width(); ++i) CHECK(is_used[i] || got[i] == 0.0f);
+    for (size_t i = test.layout.width(); i < test.width; ++i) CHECK_EQ(got[i], kGuard);
     // to the bit what it is alone, so that plans do not depend on who works on which rows
     const auto alone = RunAttend(ops, test, row, row + 1);
     CHECK(std::equal(alone.begin(), alone.end(), &out[row * test.width]));
@@ -143,8 +169,9 @@ void CheckAttend(const Ops& ops, const AttendCase& test) {
 
 void CheckTables(int num_heads, int head_dim, const std::vector<int32_t>& lens, double spread) {
   for (bool bf16 : {false, true}) {
-    const AttendCase test(num_heads, head_dim, lens, spread, bf16);
-    for (const Ops* ops : AvailableOps()) CheckAttend(*ops, test);
+    for (const Ops* ops : AvailableOps()) {
+      CheckAttend(*ops, AttendCase(num_heads, head_dim, lens, spread, bf16, *ops));
+    }
   }
 }
 
@@ -152,7 +179,7 @@ void CheckTables(int num_heads, int head_dim, const std::vector<int32_t>& lens, 
 
 TEST(AttendAllLengths) {
   for (int head_dim : {16, 32, 48, 64}) {
-    for (int len = 1; len <= 70; ++len) CheckTables(1 + len % 3, head_dim, {len}, 1.0);
+    for (int len = 1; len <= 70; ++len) CheckTables(1 + len % 5, head_dim, {len}, 1.0);
   }
 }
 
@@ -160,13 +187,15 @@ TEST(AttendRowsOfDifferentLengths) {
   for (int head_dim : {5, 8, 16, 24, 32, 33, 48, 64, 80, 96, 128}) {
     std::vector<int32_t> lens = {1, 70, 2, 16, 17, 15, 70, 33, 4, 3, 8, 31, 32};
     for (int i = 0; i < 25; ++i) lens.push_back(40 + i % 3);  // as in a plan
-    CheckTables(2, head_dim, lens, 1.0);
+    for (int num_heads : {2, 3, 8}) CheckTables(num_heads, head_dim, lens, 1.0);
   }
 }
 
 // Scores in the hundreds: all but a few weights vanish, and none overflows.
 TEST(AttendSharply) {
-  for (int head_dim : {16, 32, 48, 64}) CheckTables(2, head_dim, {1, 9, 40}, 12.0);
+  for (int head_dim : {16, 32, 48, 64}) {
+    for (int num_heads : {2, 4}) CheckTables(num_heads, head_dim, {1, 9, 40}, 12.0);
+  }
 }
 
 }  // namespace tt::test

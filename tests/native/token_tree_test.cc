@@ -176,7 +176,7 @@ class Walk {
   void AddNode(const Pass& pass, int i) {
     const int c = pass.node[i] / kMaxNodes;
     const bool is_hidden = settings_.hidden[WindowIndex(pass, i)];
-    const uint32_t offset = static_cast<uint32_t>(pass.node[i]) * settings_.shape.head_stride();
+    const uint32_t offset = static_cast<uint32_t>(pass.node[i] * model_->head_layout.stride);
     const int num_ancestors = pass.path_len[i] - (is_hidden ? 0 : 1);
     Prefix prefix;
     if (num_ancestors > 0) {
@@ -216,8 +216,7 @@ class Walk {
       CHECK(slot >= 0 && slot < pass.num_leaves);
       const int leaf = pass.num_internal() + slot;
       CHECK_EQ(pass.node[leaf] / kMaxNodes, c);
-      const uint32_t offset =
-          static_cast<uint32_t>(pass.node[leaf]) * settings_.shape.head_stride();
+      const uint32_t offset = static_cast<uint32_t>(pass.node[leaf] * model_->head_layout.stride);
       CHECK(prefixes_[c][offset] == want);
       CHECK_EQ(slots.emplace(want, slot).first->second, slot);
       const int kept = tree_.num_tokens(c);
