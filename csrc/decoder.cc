@@ -170,6 +170,7 @@ void Decoder::AttentionInput(int layer, int begin, int end, bool keys_only, Scra
   PrefetchKeys(layer, begin, end);
   if (layer > 0) {
     Normalise(weights.ln1_gamma, weights.ln1_beta, begin, end, scratch);
+    if (IsOneBlock(begin, end)) return ProjectInPlace(layer, begin, end, keys_only, scratch);
     Gemm(weights.kvq, keys_only ? 2 * attn : 3 * attn, scratch.normed.data(), model_.shape.width(),
          end - begin, scratch.kvq.data(), 3 * attn, false, scratch);
   }
@@ -187,6 +188,34 @@ void Decoder::AttentionInput(int layer, int begin, int end, bool keys_only, Scra
     float* query = pass_->chained ? RowOf(q_, row, attn) : own + 2 * attn;
     if (query != kvq + 2 * attn) CopyLanes(kvq + 2 * attn, attn, query);
   }
+}
+
+// Whether products can leave these rows' keys where they stay.
+bool Decoder::IsOneBlock(int begin, int end) const {
+  if (model_.bf16 || model_.head_layout.stride % model_.ops.panel_width != 0) return false;
+  for (int row = begin + 1; row < end; ++row) {
+    if (pass_->node[row] != pass_->node[row - 1] + 1) return false;
+  }
+  return true;
+}
+
+void Decoder::ProjectInPlace(int layer, int begin, int end, bool keys_only, Scratch& scratch) {
+  const PackedMatrix& kvq = model_.layers[layer].kvq;
+  const int attn = model_.shape.attn_width(), stride = model_.head_layout.stride;
+  const auto project = [&](int col, int num_cols, float* out, int ldc) {
+    const auto start = Clock::now();
+    model_.ops.gemm(kvq.view().From(col), num_cols, scratch.normed.data(), model_.shape.width(),
+                    end - begin, out, ldc, false, nullptr);
+    scratch.gemm_seconds += SecondsSince(start);
+  };
+  for (int bundle = 0; bundle < model_.head_layout.num_bundles; ++bundle) {
+    float* key = reinterpret_cast<float*>(KeyOf(layer, bundle, begin));
+    project(bundle * stride, stride, key, stride);
+    project(attn + bundle * stride, stride, key + bundle_size(), stride);
+  }
+  if (keys_only) return;
+  pass_->chained ? project(2 * attn, attn, RowOf(q_, begin, attn), attn)
+                 : project(2 * attn, attn, scratch.kvq.data() + 2 * attn, 3 * attn);
 }
 
 // Asks for the lines that StoreKeys will write, before the projection is computed or read.

@@ -67,6 +67,8 @@ class Decoder {
   void EmbedRow(int row, float* out) const;
   int SharedPath(int row) const;
   void AttentionInput(int layer, int begin, int end, bool keys_only, Scratch& scratch);
+  bool IsOneBlock(int begin, int end) const;
+  void ProjectInPlace(int layer, int begin, int end, bool keys_only, Scratch& scratch);
   void PrefetchKeys(int layer, int begin, int end);
   template <typename Number>
   void StoreKeys(int layer, int row, const Number* kv);

@@ -34,6 +34,12 @@ struct MatrixView {
   int k;
   int n;
   bool bf16;  // inputs are rounded to bfloat16 too; sums are float32
+
+  // Its columns from `col` on, the first of a panel.
+  MatrixView From(int col) const {
+    const size_t number_bytes = bf16 ? 2 : 4;
+    return {static_cast<const char*>(data) + number_bytes * col * k, bias + col, k, n - col, bf16};
+  }
 };
 
 // Queries of some rows over the keys of their ancestors. Heads lie in bundles, see HeadLayout.
