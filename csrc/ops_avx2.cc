@@ -9,6 +9,7 @@ constexpr char kName[] = "avx2";
 
 struct Vec {
   static constexpr int kWidth = 8;
+  static constexpr bool kLooksUp = false;
   __m256 v;
 
   Vec() = default;

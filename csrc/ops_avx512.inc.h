@@ -6,6 +6,7 @@ namespace {
 
 struct Vec {
   static constexpr int kWidth = 16;
+  static constexpr bool kLooksUp = true;
   __m512 v;
 
   Vec() = default;
@@ -39,6 +40,16 @@ inline Vec Fma(Vec a, Vec b, Vec c) { return Vec(_mm512_fmadd_ps(a.v, b.v, c.v))
 inline Vec Max(Vec a, Vec b) { return Vec(_mm512_max_ps(a.v, b.v)); }
 inline Vec Min(Vec a, Vec b) { return Vec(_mm512_min_ps(a.v, b.v)); }
 inline Vec Round(Vec a) { return Vec(_mm512_roundscale_ps(a.v, 0)); }
+inline Vec Abs(Vec a) { return Vec(_mm512_abs_ps(a.v)); }
+// |a|, which is a, with the sign of b.
+inline Vec CopySign(Vec a, Vec b) {
+  return Vec(_mm512_or_ps(a.v, _mm512_and_ps(b.v, _mm512_set1_ps(-0.0f))));
+}
+// Numbers of a table, at the integers that the last five bits of `from` are.
+inline Vec LookUp(const float (&table)[32], Vec from) {
+  return Vec(_mm512_permutex2var_ps(_mm512_loadu_ps(table), _mm512_castps_si512(from.v),
+                                    _mm512_loadu_ps(table + 16)));
+}
 // Below the exponents of normal numbers the result is zero: smaller ones, which hidden keys would
 // bring with them, are made by microcode on some processors, a hundred times as slowly.
 inline Vec ScaleByPowerOf2(Vec a, Vec n) {

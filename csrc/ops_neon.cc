@@ -9,6 +9,7 @@ constexpr char kName[] = "neon";
 
 struct Vec {
   static constexpr int kWidth = 4;
+  static constexpr bool kLooksUp = false;
   float32x4_t v;
 
   Vec() = default;

@@ -2,6 +2,7 @@
 // namespace, `Vec`, kName, kTileRows, kTileVecs and kRegisters; it defines `MakeOps`.
 //
 // No include guard and nothing but anonymous namespaces: each instruction set has its own copy.
+#include "normal_table.h"
 #include "ops.h"
 
 // Before a loop of constant length: arrays of vectors become registers only if it is unrolled
@@ -53,7 +54,7 @@ inline Vec Exp(Vec x) {
 
 // Phi(x) = 1/2 + x P(x^2) / Q(x^2), a minimax fit on [-5.2, 5.2] with absolute error 1.3e-7 in
 // float32; further out Phi is 0 or 1 to that precision.
-inline Vec NormalCdf(Vec x) {
+inline Vec RationalNormalCdf(Vec x) {
   const Vec c = Min(Max(x, Vec(-5.2f)), Vec(5.2f));
   const Vec t = c * c;
   Vec p(2.4731127368227135e-08f);
@@ -71,7 +72,39 @@ inline Vec NormalCdf(Vec x) {
   return Vec(0.5f) + Max(c * p / q, Vec(-0.5f));
 }
 
-inline Vec Gelu(Vec x) { return x * NormalCdf(x); }
+// Phi(z) - 1/2 for z >= 0, by pieces; absolute error 1e-7.
+template <typename V>
+inline V LookUpMass(V z) {
+  using Table = tt::NormalTable;
+  const V scale(Table::kPiecesPerUnit), near = Min(z, V(Table::kEnd));
+  const V to_int(12582912.0f);  // 1.5 * 2^23: what is added to it ends in its integer part
+  const V piece = Fma(near, scale, to_int);
+  const V rest = Fma(near, scale, to_int - piece);
+  V mass = LookUp(tt::kNormalTable.coefficients[Table::kDegree], piece);
+  UNROLL for (int i = Table::kDegree - 1; i >= 0; --i) {
+    mass = Fma(mass, rest, LookUp(tt::kNormalTable.coefficients[i], piece));
+  }
+  return mass;
+}
+
+template <typename V = Vec>
+inline V NormalCdf(V x) {
+  if constexpr (V::kLooksUp) {
+    return V(0.5f) + CopySign(LookUpMass(Abs(x)), x);
+  } else {
+    return RationalNormalCdf(x);
+  }
+}
+
+// x Phi(x)
+template <typename V = Vec>
+inline V Gelu(V x) {
+  if constexpr (V::kLooksUp) {
+    return Fma(Abs(x), LookUpMass(Abs(x)), x * V(0.5f));
+  } else {
+    return x * NormalCdf(x);
+  }
+}
 
 void GeluRow(float* x, size_t n) {
   for (size_t i = 0; i < n; i += kWidth) Gelu(Vec::Load(x + i)).Store(x + i);
