@@ -13,6 +13,19 @@ namespace {
 // What a token removed by its probability gets; not -inf, so a likelihood search still counts it.
 constexpr float kRemoved = -1000.0f;
 
+// Moves numbers below the pivot to the front. std::partition would guess at a branch a number, and
+// be wrong half of the time.
+float* Partition(float* begin, float* end, float pivot) {
+  float* middle = begin;
+  for (float* x = begin; x != end; ++x) {
+    const float number = *x;
+    *x = *middle;
+    *middle = number;
+    middle += number < pivot;
+  }
+  return middle;
+}
+
 }  // namespace
 
 Sampler::Sampler(const Ops& ops, int num_ids) : ops_(ops), num_ids_(num_ids), cumulative_(num_ids) {
@@ -76,7 +89,7 @@ float Sampler::LastBelow(float cdf) {
   while (end - begin > kSorted) {
     const float pivot = std::max(std::min(begin[0], end[-1]),
                                  std::min(std::max(begin[0], end[-1]), begin[(end - begin) / 2]));
-    float* middle = std::partition(begin, end, [pivot](float p) { return p < pivot; });
+    float* middle = Partition(begin, end, pivot);
     if (middle == begin) {  // the pivot is the smallest: split behind its equals
       middle = std::partition(begin, end, [pivot](float p) { return p <= pivot; });
       if (middle == end) break;  // all are equal

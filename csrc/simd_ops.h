@@ -138,8 +138,11 @@ void LayerNorm(const float* x, const float* gamma, const float* beta, int width,
 // Softmax of x (n), which may be probs; zero in the padding.
 void Softmax(const float* x, int n, float* probs) {
   const int padded = tt::RoundUp(n, kPad);
-  float max = x[0];
-  for (int i = 1; i < n; ++i) max = x[i] > max ? x[i] : max;
+  const int whole = n / kWidth * kWidth;
+  Vec largest(x[0]);
+  for (int i = 0; i < whole; i += kWidth) largest = Max(largest, Vec::Load(x + i));
+  float max = MaxLane(largest);
+  for (int i = whole; i < n; ++i) max = x[i] > max ? x[i] : max;
   for (int i = 0; i < n; ++i) probs[i] = x[i] - max;
   for (int i = n; i < padded; ++i) probs[i] = kMasked;
   Vec sum(0.0f);
