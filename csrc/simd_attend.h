@@ -95,7 +95,7 @@ struct Prefetcher {
 
   inline __attribute__((always_inline)) void Ask(int num_lines) {
     for (int i = 0; i < num_lines && next < end; ++i) {
-      __builtin_prefetch(reinterpret_cast<const char*>(base + *next) + byte, 0, 2);
+      __builtin_prefetch(reinterpret_cast<const char*>(base + *next) + byte, 0, 3);
       byte += kLine;
       if (byte < kBytes) continue;
       byte = 0;

@@ -9,8 +9,9 @@
 namespace tt {
 namespace {
 
-// Some 50 microseconds: longer than the pause between two regions of a plan.
-constexpr int kSpins = 2000;
+// Some 200 to 400 microseconds: longer than the pause between two regions of a plan, or than a
+// thread waits for the other's last rows. To fall asleep and be woken takes as long as a fourth.
+constexpr int kSpins = 8000;
 
 void Pause() {
 #if defined(__x86_64__)
