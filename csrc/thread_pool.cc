@@ -9,8 +9,8 @@
 namespace tt {
 namespace {
 
-// Some 200 to 400 microseconds: longer than the pause between two regions of a plan, or than a
-// thread waits for the other's last rows. To fall asleep and be woken takes as long as a fourth.
+// Some 200 to 400 microseconds: longer than the pause between two regions of a plan, or than one
+// thread usually waits for the rows of another.
 constexpr int kSpins = 8000;
 
 void Pause() {

@@ -17,6 +17,7 @@ from tt_fast.kernels.rows import layer_norm, matmul, norm_linear, product_block
 
 #: What a token removed by its probability gets, as in the original (sampling.py:15-28).
 REMOVED = tl.constexpr(-1000.0)
+MAX_FLOAT32 = tl.constexpr(3.4028234663852886e38)
 
 
 class Draws(NamedTuple):
@@ -37,6 +38,8 @@ class Draws(NamedTuple):
     """(num_envs, 2: reward and value, horizon, num_rows) float32, written"""
     probs: Any
     """(num_envs, num_rows, 2: reward and value, num_ids) float32, written if wanted"""
+    broken: Any
+    """(4,) int32, the first becomes 1 where logits are not finite; else nothing is written"""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,15 @@ def softmax(x):
     """(M, ids) -> (M, ids) float32."""
     e = tl.exp(x - tl.max(x, axis=1)[:, None])
     return e / tl.sum(e, axis=1)[:, None]
+
+
+@triton.jit
+def report_broken(x, draws, live, model: tl.constexpr):
+    """Write down whether a live row's logits x (M, ids) are infinite or NaN."""
+    is_logit = live[:, None] & (tl.arange(0, model.ids)[None, :] < model.num_ids)
+    is_broken = is_logit & ~(tl.abs(x) <= MAX_FLOAT32)
+    found = tl.max(tl.max(is_broken.to(tl.int32), axis=1), axis=0)
+    tl.store(draws.broken, 1, mask=found > 0)
 
 
 @triton.jit
@@ -161,6 +173,7 @@ def sample_rows(
     beam; an observation's is drawn once and stored for all rows, candidates to be.
     """
     x = logits / tl.load(draws.settings + 6)
+    report_broken(x, draws, live, model)
     probs = softmax(x)
     is_observation = out_dim < model.observation_dim
     is_estimated = out_dim >= model.observation_dim + model.action_dim

@@ -115,6 +115,32 @@ def test_which_models_fit_one_program() -> None:
     assert not segment.fits_segment(model_shape(many_bins, "ieee"))
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("embed_dim", [16, 160])
+def test_logits_that_overflow_are_refused(embed_dim: int) -> None:
+    """The weights are finite; the next plan is as ever."""
+    sizes = {"num_layers": 1, "embed_dim": embed_dim, "num_heads": 5 if embed_dim == 160 else 2}
+    model, discretizer = model_and_discretizer(**sizes)
+    backend, config = CudaBackend(model, discretizer), replace(CONFIG, horizon=1)
+    want = backend.plan([context()], config, draws())
+    with torch.no_grad():
+        kept = model.head.weight.clone()
+        model.head.weight.mul_(3e38 / kept.abs().max())
+    with pytest.raises(ValueError, match="model: expected finite logits"):
+        backend.plan([context()], config, draws())
+    with torch.no_grad():
+        model.head.weight.copy_(kept)
+    np.testing.assert_array_equal(backend.plan([context()], config, draws()).tokens, want.tokens)
+
+
+def test_only_living_rows_and_ids_are_looked_at() -> None:
+    """Padding is infinite by design, and rows of nobody may be."""
+    model, discretizer = model_and_discretizer(num_layers=1)
+    config = replace(CONFIG, horizon=1, beam_width=1, n_expand=1)
+    backend = CudaBackend(model, discretizer)
+    assert backend.plan([context()], config, draws()).tokens.shape == (1, 1, D)
+
+
 # --- options --------------------------------------------------------------------------------------
 
 

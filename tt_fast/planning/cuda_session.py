@@ -29,6 +29,7 @@ from tt_fast.kernels.segment import (
 from tt_fast.kernels.select import advance, rank
 from tt_fast.planning.base import BeamPlan, Draws, PlanTrace, ValueFn
 from tt_fast.planning.cuda_memory import make_buffers
+from tt_fast.planning.sampling import require_finite_logits
 from tt_fast.validate import require
 
 #: Torch records one graph at a time in a process.
@@ -87,11 +88,16 @@ class Session:
         trace: bool,
         value_fn: ValueFn | None,
     ) -> BeamPlan:
-        """Plan from `num_envs` contexts; see `PlanBackend.plan`."""
+        """Plan from `num_envs` contexts; see `PlanBackend.plan`.
+
+        Raises:
+            ValueError: logits are not finite.
+        """
         self._load_contexts(contexts)
         self._load_settings(config, discretizer)
         self._load_draws(draws)
         outputs = self._launch(value_fn)
+        require_finite_logits(not _download(self.buffers.draws.broken).any())
         estimates = _download(outputs.estimates)
         return BeamPlan(
             _download(outputs.tokens).astype(np.int64),
@@ -141,6 +147,7 @@ class Session:
 
     def _load_draws(self, draws: Draws) -> None:
         to = self.buffers.draws
+        to.broken.zero_()
         self._upload(to.seeds, np.array([s % 2**64 for s in draws.seeds], np.uint64).view(np.int64))
         indices = np.array([i % 2**32 for i in draws.plan_indices], np.uint32)
         self._upload(to.plan_indices, indices.view(np.int32))

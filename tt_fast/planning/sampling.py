@@ -14,18 +14,27 @@ from torch import Tensor
 REMOVED = -1000.0
 
 
+def require_finite_logits(are_finite: bool) -> None:
+    """Logits after division by the temperature are finite; torch.multinomial asks for it, too.
+
+    Raises:
+        ValueError: some are not.
+    """
+    if are_finite:
+        return
+    raise ValueError(
+        "model: expected finite logits, after division by the temperature, got infinite ones or NaN"
+    )
+
+
 def heated(logits: Tensor, temperature: float) -> Tensor:
     """`logits` divided by a temperature (sampling.py:88).
 
     Raises:
-        ValueError: some are not finite then; the original's torch.multinomial refuses them, too.
+        ValueError: some are not finite then.
     """
     logits = logits / temperature
-    if not logits.isfinite().all():
-        raise ValueError(
-            "model: expected finite logits, after division by the temperature, got infinite ones "
-            "or NaN"
-        )
+    require_finite_logits(bool(logits.isfinite().all()))
     return logits
 
 
