@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -15,7 +15,7 @@ def fingerprint(weights: Iterable[Tensor]) -> tuple[Any, ...]:
     """What is another one when a weight is.
 
     Versions alone are not: fused optimizers and writes to `.data` leave them as they are. So the
-    contents count, too, and their order: checksums, 1.4 ms between two plans at the official size
+    contents count, too, and their order: checksums, 0.7 ms between two plans at the official size
     on a CPU.
     """
     found = [weight.detach() for weight in weights]
@@ -25,7 +25,7 @@ def fingerprint(weights: Iterable[Tensor]) -> tuple[Any, ...]:
 
 def _contents(weights: list[Tensor]) -> tuple[int, ...]:
     if all(weight.device.type == "cpu" for weight in weights):
-        return tuple(zlib.crc32(_bytes(weight).numpy().data) for weight in weights)
+        return tuple(xxhash.xxh3_64_intdigest(_bytes(weight).numpy().data) for weight in weights)
     return (weighted_sum(weights),)
 
 
