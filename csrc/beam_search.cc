@@ -112,7 +112,7 @@ bool BeamSearch::RunStep(Wave& wave, int step) {
   const Shape& shape = model_->shape;
   if (!SampleTokens(wave, step, shape.action_dim, settings.action, false)) return false;
   if (!SampleTokens(wave, step, 2, settings.reward, true)) return false;
-  if (wave.request.value_function) CallValueFunction(wave);
+  if (wave.request.value_function && !CallValueFunction(wave, step)) return false;
   Select(wave, step);
   if (step + 1 == settings.horizon) return true;
   return SampleTokens(wave, step + 1, shape.observation_dim, settings.observation, false);
@@ -289,12 +289,20 @@ size_t BeamSearch::ProbsOf(const Wave& wave, int context, int row, int which) co
   return (2 * rows + which) * model_->shape.num_ids();
 }
 
-void BeamSearch::CallValueFunction(Wave& wave) {
+// False, and nothing called, if the deadline leaves less time than the last call took.
+bool BeamSearch::CallValueFunction(Wave& wave, int step) {
+  const auto begin = Clock::now();
+  if (wave.deadline && step > 0) {
+    const double left = std::chrono::duration<double>(*wave.deadline - begin).count();
+    if (kDeadlineMargin * wave.value_seconds > left) return false;
+  }
   for (int c = 0; c < wave.count; ++c) {
     Beam& beam = wave.beams[c];
     wave.request.value_function(&probs_[ProbsOf(wave, c, 0, 0)], tree_.num_rows(),
                                 beam.rewards.data(), beam.values.data());
   }
+  wave.value_seconds = std::chrono::duration<double>(Clock::now() - begin).count();
+  return true;
 }
 
 // Keeps the best candidates, by score descending, then row ascending.

@@ -122,6 +122,7 @@ class BeamSearch {
     int token = 0;        // index of the draw within the plan
     double factor = 1.0;  // discount^step, a running product: the same on every backend
     std::optional<Clock::time_point> deadline = {};
+    double value_seconds = 0.0;  // of the last call of the value function, for all contexts
     std::vector<Beam> beams = {};
     std::vector<PlanResult> results = {};
   };
@@ -136,7 +137,7 @@ class BeamSearch {
                 Sampler& sampler);
   double Uniform(const Wave& wave, int context, int row) const;
   size_t ProbsOf(const Wave& wave, int context, int row, int which) const;
-  void CallValueFunction(Wave& wave);
+  bool CallValueFunction(Wave& wave, int step);
   void Select(Wave& wave, int step);
   void KeepBest(Wave& wave, int context, int step, int kept);
   int Forward(int rows_asked);

@@ -534,6 +534,22 @@ def test_a_passed_deadline_still_gives_a_step(num_contexts: int) -> None:
         assert np.isfinite(plan.scores[i])
 
 
+def test_a_deadline_foresees_the_value_function() -> None:
+    """It is not called for a step that it would finish too late."""
+    calls = 0
+
+    def slow(probs: NDArray[np.float32]) -> tuple[Any, Any]:
+        nonlocal calls
+        calls += 1
+        threading.Event().wait(0.5)
+        return mean_values(probs)
+
+    backend, config = tiny_backend(), replace(CONFIG, horizon=10)
+    plan = backend.plan([context()], config, DRAWS, value_fn=slow, deadline_ms=1400)
+    # twice 500 ms have passed, or once on a busy machine: 400 ms are left at most
+    assert calls == len(plan.tokens_of(0)) <= 2
+
+
 def test_a_plan_cut_short_is_the_shorter_plan() -> None:
     """What a deadline leaves is what the plan of so many steps would have been."""
     backend = tiny_backend()
