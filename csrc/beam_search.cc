@@ -468,8 +468,7 @@ void BeamSearch::CheckFits(int64_t nodes, int64_t rows, int64_t tokens) const {
 
 // Keys and values of one node in all layers.
 double BeamSearch::NodeBytes() const {
-  const Shape& shape = model_->shape;
-  return model_->key_bytes() * 2.0 * shape.num_layers * shape.num_heads * shape.head_stride();
+  return model_->key_bytes() * 2.0 * model_->shape.num_layers * model_->head_layout.width();
 }
 
 int BeamSearch::WaveSize(const PlanSettings& settings) const {

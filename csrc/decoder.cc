@@ -132,7 +132,7 @@ void Decoder::ProjectFirst() {
       model_.ops.layer_norm(embedded, layer.ln1_gamma.data(), layer.ln1_beta.data(),
                             model_.shape.embed_dim, RowOf(scratch.normed, i - begin, width));
     }
-    Gemm(layer.kvq, 3 * attn, scratch.normed.data(), width, end - begin,
+    Gemm(layer.kvq.view(), 3 * attn, scratch.normed.data(), width, end - begin,
          first_.missing_rows() + static_cast<size_t>(begin) * 3 * attn, 3 * attn, false, scratch);
   });
 }
@@ -171,8 +171,8 @@ void Decoder::AttentionInput(int layer, int begin, int end, bool keys_only, Scra
   if (layer > 0) {
     Normalise(weights.ln1_gamma, weights.ln1_beta, begin, end, scratch);
     if (IsOneBlock(begin, end)) return ProjectInPlace(layer, begin, end, keys_only, scratch);
-    Gemm(weights.kvq, keys_only ? 2 * attn : 3 * attn, scratch.normed.data(), model_.shape.width(),
-         end - begin, scratch.kvq.data(), 3 * attn, false, scratch);
+    Gemm(weights.kvq.view(), keys_only ? 2 * attn : 3 * attn, scratch.normed.data(),
+         model_.shape.width(), end - begin, scratch.kvq.data(), 3 * attn, false, scratch);
   }
   for (int row = begin; row < end; ++row) {
     float* own = RowOf(scratch.kvq, row - begin, 3 * attn);
@@ -190,7 +190,8 @@ void Decoder::AttentionInput(int layer, int begin, int end, bool keys_only, Scra
   }
 }
 
-// Whether products can leave these rows' keys where they stay.
+// Whether products can leave these rows' keys where they stay: as they are (not to be rounded), in
+// whole panels, at nodes side by side.
 bool Decoder::IsOneBlock(int begin, int end) const {
   if (model_.bf16 || model_.head_layout.stride % model_.ops.panel_width != 0) return false;
   for (int row = begin + 1; row < end; ++row) {
@@ -203,10 +204,8 @@ void Decoder::ProjectInPlace(int layer, int begin, int end, bool keys_only, Scra
   const PackedMatrix& kvq = model_.layers[layer].kvq;
   const int attn = model_.shape.attn_width(), stride = model_.head_layout.stride;
   const auto project = [&](int col, int num_cols, float* out, int ldc) {
-    const auto start = Clock::now();
-    model_.ops.gemm(kvq.view().From(col), num_cols, scratch.normed.data(), model_.shape.width(),
-                    end - begin, out, ldc, false, nullptr);
-    scratch.gemm_seconds += SecondsSince(start);
+    Gemm(kvq.view(col), num_cols, scratch.normed.data(), model_.shape.width(), end - begin, out,
+         ldc, false, scratch);
   };
   for (int bundle = 0; bundle < model_.head_layout.num_bundles; ++bundle) {
     float* key = reinterpret_cast<float*>(KeyOf(layer, bundle, begin));
@@ -214,11 +213,15 @@ void Decoder::ProjectInPlace(int layer, int begin, int end, bool keys_only, Scra
     project(attn + bundle * stride, stride, key + bundle_size(), stride);
   }
   if (keys_only) return;
-  pass_->chained ? project(2 * attn, attn, RowOf(q_, begin, attn), attn)
-                 : project(2 * attn, attn, scratch.kvq.data() + 2 * attn, 3 * attn);
+  if (pass_->chained) {
+    project(2 * attn, attn, RowOf(q_, begin, attn), attn);
+  } else {
+    project(2 * attn, attn, scratch.kvq.data() + 2 * attn, 3 * attn);
+  }
 }
 
-// Asks for the lines that StoreKeys will write, before the projection is computed or read.
+// Asks for the lines that keys and values will be written to, before the projection is computed or
+// read.
 void Decoder::PrefetchKeys(int layer, int begin, int end) {
   const size_t key_bytes = model_.head_layout.stride * model_.key_bytes();
   const size_t bundle_bytes = bundle_size() * model_.key_bytes();
@@ -268,7 +271,7 @@ void Decoder::AttentionOutput(int layer, int begin, int end, Scratch& scratch) {
                      .out = scratch.attended.data(),
                      .out_stride = static_cast<size_t>(attn)});
   scratch.attention_seconds += SecondsSince(start);
-  Gemm(model_.layers[layer].proj, shape.width(), scratch.attended.data(), attn, end - begin,
+  Gemm(model_.layers[layer].proj.view(), shape.width(), scratch.attended.data(), attn, end - begin,
        RowOf(h_, begin, shape.width()), shape.width(), true, scratch);
 }
 
@@ -278,25 +281,25 @@ void Decoder::Mlp(int layer, int begin, int end, Scratch& scratch) {
   const int width = model_.shape.width(), hidden = model_.shape.hidden_width();
   const int rows = end - begin;
   Normalise(weights.ln2_gamma, weights.ln2_beta, begin, end, scratch);
-  Gemm(weights.up, hidden, scratch.normed.data(), width, rows, scratch.hidden.data(), hidden, false,
-       scratch);
+  Gemm(weights.up.view(), hidden, scratch.normed.data(), width, rows, scratch.hidden.data(), hidden,
+       false, scratch);
   model_.ops.gelu(scratch.hidden.data(), static_cast<size_t>(rows) * hidden);
-  Gemm(weights.down, width, scratch.hidden.data(), hidden, rows, RowOf(h_, begin, width), width,
-       true, scratch);
+  Gemm(weights.down.view(), width, scratch.hidden.data(), hidden, rows, RowOf(h_, begin, width),
+       width, true, scratch);
 }
 
 // Of leaves, which are the last rows of the pass.
 void Decoder::Logits(int begin, int end, Scratch& scratch) {
   const int width = model_.shape.logits_width(), first = begin - pass_->num_internal();
   Normalise(model_.lnf_gamma, model_.lnf_beta, begin, end, scratch);
-  Gemm(model_.heads[pass_->head], width, scratch.normed.data(), model_.shape.width(), end - begin,
-       RowOf(logits_, first, width), width, false, scratch);
+  Gemm(model_.heads[pass_->head].view(), width, scratch.normed.data(), model_.shape.width(),
+       end - begin, RowOf(logits_, first, width), width, false, scratch);
 }
 
-void Decoder::Gemm(const PackedMatrix& weights, int num_cols, const float* a, size_t lda, int rows,
+void Decoder::Gemm(const MatrixView& weights, int num_cols, const float* a, size_t lda, int rows,
                    float* c, size_t ldc, bool add, Scratch& scratch) {
   const auto start = Clock::now();
-  model_.ops.gemm(weights.view(), num_cols, a, lda, rows, c, ldc, add, scratch.rounded.data());
+  model_.ops.gemm(weights, num_cols, a, lda, rows, c, ldc, add, scratch.rounded.data());
   scratch.gemm_seconds += SecondsSince(start);
 }
 

@@ -76,8 +76,8 @@ class Decoder {
   void Mlp(int layer, int begin, int end, Scratch& scratch);
   void Logits(int begin, int end, Scratch& scratch);
 
-  void Gemm(const PackedMatrix& weights, int num_cols, const float* a, size_t lda, int rows,
-            float* c, size_t ldc, bool add, Scratch& scratch);
+  void Gemm(const MatrixView& weights, int num_cols, const float* a, size_t lda, int rows, float* c,
+            size_t ldc, bool add, Scratch& scratch);
   void Normalise(const AlignedBuffer<float>& gamma, const AlignedBuffer<float>& beta, int begin,
                  int end, Scratch& scratch);
   float* RowOf(AlignedBuffer<float>& buffer, int row, int width) {

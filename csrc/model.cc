@@ -141,13 +141,13 @@ void Shape::Check() const {
             kRows);
 }
 
-HeadLayout::HeadLayout(int num_heads, int head_dim, const Ops& ops, bool bf16) : bf16(bf16) {
-  constexpr int kWidest = 32;  // queries of two rows, and sums of their values, fit registers
-  const int head_stride = RoundUp(head_dim, kHeadPad);
-  heads = head_stride <= kWidest && num_heads % ops.bundle_heads == 0 ? ops.bundle_heads : 1;
-  stride = heads * head_stride;
-  num_bundles = num_heads / heads;
-}
+HeadLayout::HeadLayout(int num_heads, int head_dim, const Ops& ops, bool bf16)
+    : heads(num_heads % ops.bundle_heads == 0 && RoundUp(head_dim, kHeadPad) <= kMaxBundled
+                ? ops.bundle_heads
+                : 1),
+      stride(heads * RoundUp(head_dim, kHeadPad)),
+      num_bundles(num_heads / heads),
+      bf16(bf16) {}
 
 int HeadLayout::Column(int head, int i) const {
   const int begin = head / heads * stride;

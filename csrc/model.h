@@ -44,7 +44,7 @@ struct Shape {
 };
 
 // Where the numbers of heads lie in keys, values and queries. A bundle is one head, its numbers in
-// order; or it is Ops::bundle_heads of them, if they divide so and are at most 32 wide. Then it has
+// order; or it is Ops::bundle_heads of them, if they divide so and are not too wide. Then it has
 // kBundleNumbers of each of its heads in turn: a vector's products belong to several heads, and a
 // key's sum is within four lanes. In bfloat16 two such vectors lie zipped, as they are loaded.
 struct HeadLayout {
@@ -69,11 +69,16 @@ class PackedMatrix {
   // Element (i, col) of the padded matrix, and of the bias; zero until set.
   void Set(int i, int col, float value);
   void SetBias(int col, float value) { bias_[col] = value; }
-  MatrixView view() const { return {Data(), bias_.data(), k_, n_, bf16_}; }
+  // Columns from this one on, the first of a panel.
+  MatrixView view(int first_col = 0) const {
+    return {Data(static_cast<size_t>(first_col) * k_), bias_.data() + first_col, k_, n_ - first_col,
+            bf16_};
+  }
 
  private:
-  const void* Data() const {
-    return bf16_ ? static_cast<const void*>(bf16_data_.data()) : float_data_.data();
+  const void* Data(size_t offset) const {
+    return bf16_ ? static_cast<const void*>(bf16_data_.data() + offset)
+                 : float_data_.data() + offset;
   }
 
   int k_ = 0, n_ = 0, panel_width_ = 1;

@@ -18,6 +18,8 @@ inline constexpr int kPad = 32;
 inline constexpr int kHeadPad = 16;
 // Numbers of each head that a vector of a bundle holds, see HeadLayout.
 inline constexpr int kBundleNumbers = 4;
+// Widest heads of a bundle, padded: queries of two rows, and sums of their values, fit registers.
+inline constexpr int kMaxBundled = 32;
 // Rows whose attention scores are held at once; even, as rows go in pairs.
 inline constexpr int kScoreRows = 8;
 // Most rows that one call of `gemm` or `attend` takes.
@@ -34,12 +36,6 @@ struct MatrixView {
   int k;
   int n;
   bool bf16;  // inputs are rounded to bfloat16 too; sums are float32
-
-  // Its columns from `col` on, the first of a panel.
-  MatrixView From(int col) const {
-    const size_t number_bytes = bf16 ? 2 : 4;
-    return {static_cast<const char*>(data) + number_bytes * col * k, bias + col, k, n - col, bf16};
-  }
 };
 
 // Queries of some rows over the keys of their ancestors. Heads lie in bundles, see HeadLayout.

@@ -92,7 +92,7 @@ float Sampler::LastBelow(float cdf) {
     float* middle = Partition(begin, end, pivot);
     if (middle == begin) {  // the pivot is the smallest: split behind its equals
       middle = std::partition(begin, end, [pivot](float p) { return p <= pivot; });
-      if (middle == end) break;  // all are equal
+      if (middle == end || middle == begin) break;  // all are equal, or the pivot is no number
     }
     const double mass = std::accumulate(begin, middle, below);
     if (static_cast<float>(mass) < cdf) {

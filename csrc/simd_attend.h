@@ -59,8 +59,8 @@ inline Vec DotVecs(const Vec (&q)[kVecs], const Key* key) {
 // ---- attention: memory ----
 //
 // Half of a plan's keys and values are one row's alone, too many for the second cache, and all over
-// the place. While we compute on what is near, lines of what is not are asked for, about as many as
-// the third cache delivers in that time: requests beyond that are dropped.
+// the place. While rows are at what they share, which is near, lines of what is theirs alone are
+// asked for, about as many as the third cache delivers in that time: more would be dropped.
 
 // What each row has on its path and the row before it has not.
 struct FreshNodes {
@@ -103,7 +103,7 @@ struct Prefetcher {
     }
   }
 
-  // What comes before is being read already.
+  // The next row's: those of rows before have been read.
   void SkipTo(const uint32_t* node) {
     if (next >= node) return;
     next = node;
@@ -121,22 +121,23 @@ template <int kHeads>
 inline constexpr int kLanesOf = kWidth / kHeads;
 
 // Of all lanes of each head, in each of them.
-template <int kHeads>
-inline Vec SpreadMax(Vec x) {
-  if constexpr (kHeads == 1) return Vec(MaxLane(x));
+// (Over V, as vectors that never hold several heads lack these functions.)
+template <int kHeads, typename V>
+inline V SpreadMax(V x) {
+  if constexpr (kHeads == 1) return V(MaxLane(x));
   if constexpr (kHeads > 1) return MaxOfFour(x);
 }
-template <int kHeads>
-inline Vec SpreadSum(Vec x) {
-  if constexpr (kHeads == 1) return Vec(Sum(x));
+template <int kHeads, typename V>
+inline V SpreadSum(V x) {
+  if constexpr (kHeads == 1) return V(Sum(x));
   if constexpr (kHeads > 1) return SumOfFour(x);
 }
 
 // The weight of one of four keys, over the lanes of each head.
-template <int kHeads>
-inline Vec SpreadWeight(const float* weights, int i) {
-  if constexpr (kHeads == 1) return Vec::Broadcast(weights + i);
-  if constexpr (kHeads > 1) return OneOfFour(Vec::Load(weights), i);
+template <int kHeads, typename V = Vec>
+inline V SpreadWeight(const float* weights, int i) {
+  if constexpr (kHeads == 1) return V::Broadcast(weights + i);
+  if constexpr (kHeads > 1) return OneOfFour(V::Load(weights), i);
 }
 
 // The scores of keys [len, end of the last vector) become kMasked.
@@ -393,6 +394,7 @@ template <typename Key>
 void AttendKeys(const AttendArgs& args) {
   const int vecs = args.bundle_stride / kWidth;
   if constexpr (kBundleHeads > 1) {
+    static_assert(tt::kMaxBundled == 2 * kHeadPad && kHeadPad == 4 * tt::kBundleNumbers);
     if (args.bundle_heads > 1 && vecs == 4) return AttendBundles<kBundleHeads, 4, Key>(args);
     if (args.bundle_heads > 1) return AttendBundles<kBundleHeads, 8, Key>(args);
   }

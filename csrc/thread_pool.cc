@@ -2,6 +2,7 @@
 
 #include <unistd.h>
 
+#include <chrono>
 #include <exception>
 #include <stdexcept>
 #include <string>
@@ -9,9 +10,10 @@
 namespace tt {
 namespace {
 
-// Some 200 to 400 microseconds: longer than the pause between two regions of a plan, or than one
-// thread usually waits for the rows of another.
-constexpr int kSpins = 8000;
+// Longer than the pause between two regions of a plan, or than one thread usually waits for the
+// rows of another.
+constexpr std::chrono::microseconds kLookTime{300};
+constexpr int kLooks = 64;  // between two looks at the clock
 
 void Pause() {
 #if defined(__x86_64__)
@@ -21,12 +23,15 @@ void Pause() {
 #endif
 }
 
-// Waits until `done` holds of the value, first by looking, then asleep.
+// Waits until `done` holds of the value, first by looking, unless `look` is false, then asleep.
 template <typename T, typename Done>
-void WaitFor(std::atomic<T>& value, int spins, Done done) {
-  for (int i = 0; i < spins; ++i) {
-    if (done(value.load(std::memory_order_acquire))) return;
-    Pause();
+void WaitFor(std::atomic<T>& value, bool look, Done done) {
+  using Clock = std::chrono::steady_clock;
+  for (auto end = Clock::now() + kLookTime; look; look = Clock::now() < end) {
+    for (int i = 0; i < kLooks; ++i) {
+      if (done(value.load(std::memory_order_acquire))) return;
+      Pause();
+    }
   }
   for (T seen = value.load(std::memory_order_acquire); !done(seen);
        seen = value.load(std::memory_order_acquire)) {
@@ -39,7 +44,7 @@ void WaitFor(std::atomic<T>& value, int spins, Done done) {
 ThreadPool::ThreadPool(int num_threads) : owner_(getpid()) {
   // with more threads than processors, looking would take time from those that work
   const int num_processors = static_cast<int>(std::thread::hardware_concurrency());
-  spins_ = num_threads <= num_processors ? kSpins : 0;
+  looks_ = num_threads <= num_processors;
   try {
     for (int i = 1; i < num_threads; ++i) workers_.emplace_back([this, i] { Work(i); });
   } catch (const std::exception& error) {
@@ -79,7 +84,7 @@ void ThreadPool::RunTasks(int num_tasks, Call call, void* f) {
   generation_.fetch_add(1, std::memory_order_release);
   generation_.notify_all();
   TakeTasks(0);
-  WaitFor(busy_, spins_, [](int busy) { return busy == 0; });
+  WaitFor(busy_, looks_, [](int busy) { return busy == 0; });
 }
 
 void ThreadPool::TakeTasks(int thread) {
@@ -90,7 +95,7 @@ void ThreadPool::TakeTasks(int thread) {
 
 void ThreadPool::Work(int thread) {
   for (uint32_t seen = 0;; ++seen) {
-    WaitFor(generation_, spins_, [seen](uint32_t now) { return now != seen; });
+    WaitFor(generation_, looks_, [seen](uint32_t now) { return now != seen; });
     if (stop_.load(std::memory_order_relaxed)) return;
     TakeTasks(thread);
     if (busy_.fetch_sub(1, std::memory_order_acq_rel) == 1) busy_.notify_one();

@@ -49,8 +49,8 @@ class ThreadPool {
   alignas(64) std::atomic<uint32_t> generation_{0};  // one more for every Run
   alignas(64) std::atomic<int> busy_{0};             // workers still in this generation
   std::atomic<bool> stop_{false};
-  int spins_ = 0;  // looks before a thread sleeps
-  int owner_ = 0;  // process id: a forked child has no workers
+  bool looks_ = true;  // before a thread sleeps
+  int owner_ = 0;      // process id: a forked child has no workers
   std::vector<std::thread> workers_;
 };
 

@@ -39,7 +39,7 @@ class Draws(NamedTuple):
     probs: Any
     """(num_envs, num_rows, 2: reward and value, num_ids) float32, written if wanted"""
     broken: Any
-    """(4,) int32, the first becomes 1 where logits are not finite; else nothing is written"""
+    """(1,) int32, becomes 1 where logits are not finite; else nothing is written"""
 
 
 @dataclass(frozen=True)

@@ -133,12 +133,17 @@ def test_logits_that_overflow_are_refused(embed_dim: int) -> None:
     np.testing.assert_array_equal(backend.plan([context()], config, draws()).tokens, want.tokens)
 
 
-def test_only_living_rows_and_ids_are_looked_at() -> None:
-    """Padding is infinite by design, and rows of nobody may be."""
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_value_fn_never_sees_logits_that_overflow() -> None:
     model, discretizer = model_and_discretizer(num_layers=1)
-    config = replace(CONFIG, horizon=1, beam_width=1, n_expand=1)
-    backend = CudaBackend(model, discretizer)
-    assert backend.plan([context()], config, draws()).tokens.shape == (1, 1, D)
+    with torch.no_grad():
+        model.head.weight.mul_(3e38 / model.head.weight.abs().max())
+
+    def value_fn(probs: NDArray[np.float32]) -> Any:
+        raise AssertionError
+
+    with pytest.raises(ValueError, match="model: expected finite logits"):
+        CudaBackend(model, discretizer).plan([context()], CONFIG, draws(), value_fn=value_fn)
 
 
 # --- options --------------------------------------------------------------------------------------

@@ -43,3 +43,11 @@ def test_native(tmp_path: Path) -> None:
     run(cmake, "--build", tmp_path, "--parallel", str(os.cpu_count() or 1))
     summary = run(tmp_path / "native_tests").splitlines()[-1]
     assert summary.endswith(" 0 failed")
+
+
+def test_tables_for_arm_compile() -> None:
+    """Where there is a compiler for it; the machines of CI have other processors."""
+    compiler = shutil.which("aarch64-linux-gnu-g++")
+    if compiler is None:
+        pytest.skip("no aarch64-linux-gnu-g++")
+    run(compiler, "-std=c++20", "-Wall", "-fsyntax-only", ROOT / "csrc/ops_neon.cc")

@@ -21,7 +21,7 @@ from kernel_cases import (
 )
 from torch import Tensor
 
-from tt_fast.kernels.sample import DrawFlags, Draws, logits, sample, uniform
+from tt_fast.kernels.sample import DrawFlags, Draws, logits, report_broken, sample, uniform
 from tt_fast.planning.philox import philox_uniforms
 
 pytestmark = pytest.mark.usefixtures("quick_interpreter")
@@ -132,6 +132,37 @@ def test_the_ends_of_the_unit_interval(u: float) -> None:
     x[:, 19:] = -200.0
     tokens, _ = check(case, x, case.plan.first_step, 3, 6)
     assert (tokens == (1 if u == 0.0 else 18)).all()
+
+
+# --- logits that are not finite --------------------------------------------------------------------
+
+
+@triton.jit
+def report_kernel(x_ptr, draws, num_live, model: tl.constexpr):
+    row, column = tl.arange(0, 4), tl.arange(0, model.ids)
+    x = tl.load(x_ptr + row[:, None] * model.ids + column[None, :])
+    report_broken(x, draws, row < num_live, model)
+
+
+def is_reported(case: Case, x: Tensor, num_live: int) -> bool:
+    draws = case.buffers.draws
+    draws.broken.zero_()
+    report_kernel[(1,)](x, draws, num_live, case.shape)
+    return bool(draws.broken[0])
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("column", [0, 22])
+def test_one_logit_that_is_not_finite(number: float, column: int) -> None:
+    """Of a row that somebody has; padding is infinite anyway."""
+    case = drawing_case()
+    x = make_logits(case, 2)[:4].contiguous()
+    assert case.shape.num_ids == 23 < case.shape.ids
+    assert not is_reported(case, x, 4)
+    x[2, column] = number
+    assert is_reported(case, x, 4)
+    assert is_reported(case, x, 3)
+    assert not is_reported(case, x, 2)
 
 
 # --- truncation -----------------------------------------------------------------------------------

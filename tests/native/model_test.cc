@@ -89,6 +89,11 @@ TEST(PackedMatrixLayout) {
     }
     const MatrixView view = packed.view();
     CHECK(view.k == kRows && view.n == kCols && view.bf16 == bf16);
+    const MatrixView part = packed.view(2 * kPanel);
+    const size_t begin = static_cast<const char*>(part.data) - static_cast<const char*>(view.data);
+    CHECK_EQ(begin, 2 * kPanel * kRows * (bf16 ? sizeof(uint16_t) : sizeof(float)));
+    CHECK(part.k == kRows && part.n == kCols - 2 * kPanel && part.bf16 == bf16);
+    CHECK_EQ(part.bias[1], 2.0f * kPanel + 1.0f);
     for (int col = 0; col < kCols; ++col) {
       CHECK_EQ(view.bias[col], static_cast<float>(col));
       const size_t panel = col / kPanel, column = col % kPanel;

@@ -148,9 +148,9 @@ void CheckLayerNorm(const Ops& ops, int width, double mean, double spread) {
   CheckPadding(out, width);
 }
 
-void CheckSoftmax(const Ops& ops, int n, double spread, bool in_place) {
+void CheckSoftmax(const Ops& ops, int n, double spread, bool in_place, double shift = 0.0) {
   const Context context(Text(ops.name, "n", n, "spread", spread, in_place ? "in place" : ""));
-  std::vector<float> x = Padded(Random(n).Normals(n, spread));
+  std::vector<float> x = Padded(Random(n).Normals(n, spread, shift));
   const Doubles logits = ToDoubles(x.data(), n), want = Softmax(logits);
   std::fill(x.begin() + n, x.end(), kGuard);  // room, but no zeros
   std::vector<float> out(x.size(), kGuard);
@@ -226,7 +226,7 @@ TEST(GeluRows) {
     ops->gelu(out.data(), out.size());
     for (size_t i = 0; i < x.size(); ++i) {
       const Context context(Text(ops->name, "x", x[i]));
-      // 1.3e-7 of Phi's fit, and 3 roundings of numbers up to 1
+      // 1.3e-7 of Phi's fit, pieces are closer, and 3 roundings of numbers up to 1
       const double bound = std::abs(double{x[i]}) * (1.3e-7 + 3 * kRounding) + kTiny;
       CHECK_LE(std::abs(out[i] - Gelu(x[i])), bound);
     }
@@ -240,6 +240,7 @@ TEST(SoftmaxRows) {
       CheckSoftmax(*ops, n, 0.0, false);
       CheckSoftmax(*ops, n, 30.0, false);
       CheckSoftmax(*ops, n, 300.0, true);  // most of them vanish
+      for (double shift : {-500.0, 500.0}) CheckSoftmax(*ops, n, 2.0, false, shift);
     }
   }
 }

@@ -105,7 +105,7 @@ TEST(PlansDoNotDependOnThreads) {
   };
   for (const Ops* ops : AvailableOps()) {
     for (const Shape& shape : SmallShapes()) check(*ops, shape, false);
-    check(*ops, SmallShapes()[1], true);
+    for (int i : {1, 5, 6}) check(*ops, SmallShapes()[i], true);
   }
 }
 

@@ -46,7 +46,8 @@ class RandomWeights : public WeightSource {
   mutable std::map<std::string, std::vector<float>> values_;
 };
 
-// Head widths 8, 16, 48 (not a power of 2 of any vector), 64, 5, and sizes that fill no vector.
+// Head widths 8, 16, 48 (not a power of 2 of any vector), 64, 5, 32, and sizes that fill no vector;
+// two bundles of heads, and one of the widest.
 inline std::vector<Shape> SmallShapes() {
   const auto shape = [](int observation, int action, int vocab, int transitions, int layers,
                         int heads, int embed) {
@@ -60,7 +61,8 @@ inline std::vector<Shape> SmallShapes() {
                  .goal_len = 0};
   };
   return {shape(3, 2, 8, 4, 2, 2, 16), shape(1, 1, 5, 3, 1, 2, 32), shape(2, 1, 40, 4, 2, 1, 48),
-          shape(2, 2, 6, 3, 2, 1, 64), shape(2, 3, 9, 3, 3, 4, 20)};
+          shape(2, 2, 6, 3, 2, 1, 64), shape(2, 3, 9, 3, 3, 4, 20), shape(1, 1, 7, 3, 2, 8, 40),
+          shape(1, 1, 6, 3, 1, 4, 104)};
 }
 
 inline Shape WithGoal(Shape shape) {

@@ -183,7 +183,7 @@ def make_buffers(
         thresholds=zeros(2, model.num_ids, dtype=double),
         estimates=zeros(num_envs, 2, plan.horizon, plan.num_rows),
         probs=zeros(rows if flags.keep_probs else 0, 2, model.num_ids),
-        broken=ints(4),
+        broken=ints(1),
     )
     scores = Scores(
         factors=zeros(plan.horizon + 1, dtype=double),

@@ -97,7 +97,7 @@ class Session:
         self._load_settings(config, discretizer)
         self._load_draws(draws)
         outputs = self._launch(value_fn)
-        require_finite_logits(not _download(self.buffers.draws.broken).any())
+        self._require_finite_logits()
         estimates = _download(outputs.estimates)
         return BeamPlan(
             _download(outputs.tokens).astype(np.int64),
@@ -226,6 +226,7 @@ class Session:
 
     def _call_value_fn(self, value_fn: ValueFn, t: int) -> None:
         """Its numbers replace the estimates of planned step t."""
+        self._require_finite_logits()
         draws = self.buffers.draws
         probs = _download(draws.probs).reshape(self.num_envs, self.plan.num_rows, 2, -1)
         for env in range(self.num_envs):
@@ -233,6 +234,10 @@ class Session:
             self._upload(draws.estimates[env, :, t], np.stack(pair))
 
     # ---- outputs ----
+
+    def _require_finite_logits(self) -> None:
+        """Of all draws so far; waits for the device."""
+        require_finite_logits(not _download(self.buffers.draws.broken).any())
 
     def _best(self, tree: Tree) -> Outputs:
         """Of the first beam, whose origins say where its tokens and estimates are."""
