@@ -134,7 +134,7 @@ def test_the_ends_of_the_unit_interval(u: float) -> None:
     assert (tokens == (1 if u == 0.0 else 18)).all()
 
 
-# --- logits that are not finite --------------------------------------------------------------------
+# --- logits that are not finite -------------------------------------------------------------------
 
 
 @triton.jit
