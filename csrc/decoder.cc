@@ -46,7 +46,7 @@ void Decoder::Reserve(int max_nodes, int max_path) {
   const HeadLayout& heads = model_.head_layout;
   const size_t num_nodes = std::max(max_nodes_, static_cast<size_t>(max_nodes));
   for (auto& layer : kv_) {
-    layer.Reserve(num_nodes * heads.num_bundles * 2 * heads.stride * model_.key_bytes());
+    layer.Reserve(num_nodes * 2 * heads.width() * model_.key_bytes());
   }
   for (Scratch& scratch : scratch_) {
     scratch.scores.ReserveZeroed(size_t{kScoreRows} * heads.heads * RoundUp(max_path, kPad));

@@ -99,15 +99,10 @@ inline Vec SumEach(const Vec (&p)[8]) {
 // Lane 4 h + i is the sum of the four lanes 4 h and up of p[i].
 inline Vec SumEach(const Vec (&p)[4]) { return Vec(SumFour(p[0], p[1], p[2], p[3])); }
 
-// Of each four lanes: their largest, their sum, and lane i, in all of them.
-inline Vec MaxOfFour(Vec a) {
-  const __m256 x = _mm256_max_ps(a.v, _mm256_permute_ps(a.v, 0x4E));
-  return Vec(_mm256_max_ps(x, _mm256_permute_ps(x, 0xB1)));
-}
-inline Vec SumOfFour(Vec a) {
-  const __m256 x = _mm256_add_ps(a.v, _mm256_permute_ps(a.v, 0x4E));
-  return Vec(_mm256_add_ps(x, _mm256_permute_ps(x, 0xB1)));
-}
+// Of each four lanes: with its two halves swapped, with each half's two lanes swapped, and one lane
+// in all of them.
+inline Vec SwapHalves(Vec a) { return Vec(_mm256_permute_ps(a.v, 0x4E)); }
+inline Vec SwapLanes(Vec a) { return Vec(_mm256_permute_ps(a.v, 0xB1)); }
 inline Vec OneOfFour(Vec a, int i) { return Vec(_mm256_permutevar_ps(a.v, _mm256_set1_epi32(i))); }
 
 // The nearest bfloat16, ties to even, in the upper halves; what is below does not count.

@@ -98,6 +98,11 @@ inline __m512 SumLanes(__m512 a, __m512 b) {
   return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD));
 }
 
+// Of each 128 bits, the lower 64 are of a, the upper of b: sums of neighbours.
+inline Vec SumPairs(__m512 a, __m512 b) {
+  return Vec(_mm512_add_ps(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xDD)));
+}
+
 // Lane i is the sum of p[i].
 inline Vec SumEach(const Vec (&p)[16]) {
   __m512 x[8];
@@ -107,24 +112,19 @@ inline Vec SumEach(const Vec (&p)[16]) {
   }
   const __m512 even = SumLanes(SumQuarters(x[0], x[1]), SumQuarters(x[4], x[5]));
   const __m512 odd = SumLanes(SumQuarters(x[2], x[3]), SumQuarters(x[6], x[7]));
-  return Vec(_mm512_add_ps(_mm512_shuffle_ps(even, odd, 0x88), _mm512_shuffle_ps(even, odd, 0xDD)));
+  return SumPairs(even, odd);
 }
 
 // Lane 4 h + i is the sum of the four lanes 4 h and up of p[i].
 inline Vec SumEach(const Vec (&p)[4]) {
   const __m512 even = SumQuarters(p[0].v, p[1].v), odd = SumQuarters(p[2].v, p[3].v);
-  return Vec(_mm512_add_ps(_mm512_shuffle_ps(even, odd, 0x88), _mm512_shuffle_ps(even, odd, 0xDD)));
+  return SumPairs(even, odd);
 }
 
-// Of each four lanes: their largest, their sum, and lane i, in all of them.
-inline Vec MaxOfFour(Vec a) {
-  const __m512 x = _mm512_max_ps(a.v, _mm512_permute_ps(a.v, 0x4E));
-  return Vec(_mm512_max_ps(x, _mm512_permute_ps(x, 0xB1)));
-}
-inline Vec SumOfFour(Vec a) {
-  const __m512 x = _mm512_add_ps(a.v, _mm512_permute_ps(a.v, 0x4E));
-  return Vec(_mm512_add_ps(x, _mm512_permute_ps(x, 0xB1)));
-}
+// Of each four lanes: with its two halves swapped, with each half's two lanes swapped, and one lane
+// in all of them.
+inline Vec SwapHalves(Vec a) { return Vec(_mm512_permute_ps(a.v, 0x4E)); }
+inline Vec SwapLanes(Vec a) { return Vec(_mm512_permute_ps(a.v, 0xB1)); }
 inline Vec OneOfFour(Vec a, int i) { return Vec(_mm512_permutevar_ps(a.v, _mm512_set1_epi32(i))); }
 
 // The nearest bfloat16, ties to even, in the upper halves; what is below does not count.

@@ -124,13 +124,21 @@ inline constexpr int kLanesOf = kWidth / kHeads;
 // (Over V, as vectors that never hold several heads lack these functions.)
 template <int kHeads, typename V>
 inline V SpreadMax(V x) {
-  if constexpr (kHeads == 1) return V(MaxLane(x));
-  if constexpr (kHeads > 1) return MaxOfFour(x);
+  if constexpr (kHeads == 1) {
+    return V(MaxLane(x));
+  } else {
+    x = Max(x, SwapHalves(x));
+    return Max(x, SwapLanes(x));
+  }
 }
 template <int kHeads, typename V>
 inline V SpreadSum(V x) {
-  if constexpr (kHeads == 1) return V(Sum(x));
-  if constexpr (kHeads > 1) return SumOfFour(x);
+  if constexpr (kHeads == 1) {
+    return V(Sum(x));
+  } else {
+    x = x + SwapHalves(x);
+    return x + SwapLanes(x);
+  }
 }
 
 // The weight of one of four keys, over the lanes of each head.
