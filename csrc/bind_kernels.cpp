@@ -1,6 +1,7 @@
 // The kernels for Python: what tests compare and `tt-fast bench` measures.
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <string>
@@ -50,6 +51,16 @@ Floats CutRows(const AlignedBuffer<float>& x, int rows, int cols, int padded) {
   return out;
 }
 
+double LargestNorm(const Floats& x) {
+  double largest = 0.0;
+  for (py::ssize_t r = 0; r < x.shape(0); ++r) {
+    double squares = 0.0;
+    for (py::ssize_t i = 0; i < x.shape(1); ++i) squares += double{x.at(r, i)} * x.at(r, i);
+    largest = std::max(largest, std::sqrt(squares));
+  }
+  return largest;
+}
+
 Floats RunGemm(const Floats& x, const Floats& weight, const Floats& bias, const std::string& dtype,
                const std::string& isa) {
   const Ops& ops = FindOps(isa);
@@ -63,6 +74,7 @@ Floats RunGemm(const Floats& x, const Floats& weight, const Floats& bias, const 
     packed.SetBias(col, bias.at(col));
   }
   const AlignedBuffer<float> a = PadRows(x, padded_k);
+  if (IsBf16(dtype) && ops.takes_fp16) packed.TryFp16(LargestNorm(x));
   AlignedBuffer<float> c(static_cast<size_t>(rows) * padded_n);
   AlignedBuffer<float> scratch(static_cast<size_t>(rows) * padded_k);
   ops.gemm(packed.view(), padded_n, a.data(), padded_k, rows, c.data(), padded_n, false,

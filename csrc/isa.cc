@@ -2,8 +2,10 @@
 
 #include <stdexcept>
 
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__x86_64__)
 #include <cpuid.h>
+#endif
+#if defined(__x86_64__) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -23,6 +25,11 @@ bool HasAvx512Bf16() { return HasAvx512() && __builtin_cpu_supports("avx512bf16"
 // measured on a Xeon of model 207, half as many operations a second as in float32, and assumed of
 // the others.
 bool HasFastDots() { return HasAvx512Bf16() && !__builtin_cpu_is("intel"); }
+bool HasAvx512Fp16() {
+  constexpr unsigned kAvx512Fp16 = 1u << 23;  // of cpuid 7, 0, edx; older compilers have no name
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return HasAvx512() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kAvx512Fp16) != 0;
+}
 bool HasNeon() { return false; }
 #if defined(__linux__)
 // Linux lends a process the tile registers when it asks; it asks for all its threads. Their signals
@@ -43,6 +50,7 @@ bool HasAvx2() { return false; }
 bool HasAvx512() { return false; }
 bool HasAvx512Bf16() { return false; }
 bool HasFastDots() { return false; }
+bool HasAvx512Fp16() { return false; }
 bool HasAmx() { return false; }
 bool HasNeon() { return true; }  // its table exists on 64-bit Arm only
 #endif
@@ -54,6 +62,7 @@ std::vector<const Ops*> FindAvailableOps() {
   };
   add(HasAmx(), AmxOps());
   add(HasFastDots(), Avx512Bf16Ops());
+  add(HasAvx512Fp16(), Avx512Fp16Ops());
   add(HasAvx512(), Avx512Ops());
   add(HasAvx512Bf16() && !HasFastDots(), Avx512Bf16Ops());
   add(HasAvx2(), Avx2Ops());

@@ -1,8 +1,12 @@
 #include "model.h"
 
+#include <algorithm>
+#include <cmath>
 #include <stdexcept>
+#include <utility>
 
 #include "bfloat16.h"
+#include "float16.h"
 
 namespace tt {
 namespace {
@@ -159,19 +163,69 @@ int HeadLayout::Column(int head, int i) const {
 }
 
 PackedMatrix::PackedMatrix(int k, int n, int panel_width, bool bf16)
-    : k_(k), n_(n), panel_width_(panel_width), bf16_(bf16) {
+    : k_(k),
+      n_(n),
+      panel_width_(panel_width),
+      type_(bf16 ? WeightType::kBf16 : WeightType::kFloat32) {
   const size_t size = static_cast<size_t>(k) * n;
-  bf16 ? bf16_data_.ReserveZeroed(size) : float_data_.ReserveZeroed(size);
+  bf16 ? half_data_.ReserveZeroed(size) : float_data_.ReserveZeroed(size);
   bias_.ReserveZeroed(n);
 }
 
-void PackedMatrix::Set(int i, int col, float value) {
+size_t PackedMatrix::Index(WeightType type, int i, int col) const {
   const size_t panel = col / panel_width_, column = col % panel_width_;
-  if (bf16_) {
-    bf16_data_[((panel * (k_ / 2) + i / 2) * panel_width_ + column) * 2 + i % 2] = ToBf16(value);
+  if (type == WeightType::kFloat32) return (panel * k_ + i) * panel_width_ + column;
+  const size_t place =
+      type == WeightType::kFp16 ? column / 2 + column % 2 * (panel_width_ / 2) : column;
+  return ((panel * (k_ / 2) + i / 2) * panel_width_ + place) * 2 + i % 2;
+}
+
+void PackedMatrix::Set(int i, int col, float value) {
+  if (type_ == WeightType::kFloat32) {
+    float_data_[Index(type_, i, col)] = value;
   } else {
-    float_data_[(panel * k_ + i) * panel_width_ + column] = value;
+    half_data_[Index(type_, i, col)] = ToBf16(value);
   }
+}
+
+float PackedMatrix::At(int i, int col) const {
+  const size_t index = Index(type_, i, col);
+  return type_ == WeightType::kFloat32 ? float_data_[index] : FromBf16(half_data_[index]);
+}
+
+double PackedMatrix::ColumnNorm(int col) const {
+  double squares = 0.0;
+  for (int i = 0; i < k_; ++i) squares += double{At(i, col)} * At(i, col);
+  return std::sqrt(squares);
+}
+
+double PackedMatrix::BoundOutput(double input_bound, int first, int last) const {
+  double squares = 0.0;
+  for (int col = first; col < last; ++col) {
+    const double bound = ColumnNorm(col) * input_bound + std::abs(bias_[col]);
+    squares += bound * bound;
+  }
+  return std::sqrt(squares);
+}
+
+bool PackedMatrix::TryFp16(double input_bound) {
+  double weight_bound = 0.0;
+  for (int col = 0; col < n_; ++col) weight_bound = std::max(weight_bound, ColumnNorm(col));
+  // No part of a sum is larger than the product of the two norms. float16 ends at 2^16, which
+  // leaves room for roundings, and has all its digits from 2^-14 on.
+  for (double bound : {input_bound, weight_bound, input_bound * weight_bound}) {
+    if (!(bound >= 0x1p-6 && bound <= 0x1p15)) return false;
+  }
+  const AlignedBuffer<uint16_t> weights = std::move(half_data_);
+  half_data_ = AlignedBuffer<uint16_t>(weights.size());
+  for (int col = 0; col < n_; ++col) {
+    for (int i = 0; i < k_; ++i) {
+      const float weight = FromBf16(weights[Index(WeightType::kBf16, i, col)]);
+      half_data_[Index(WeightType::kFp16, i, col)] = ToFp16(weight);
+    }
+  }
+  type_ = WeightType::kFp16;
+  return true;
 }
 
 Model::Model(const Shape& s, const WeightSource& weights, const Ops& o, bool b)
@@ -204,6 +258,32 @@ Model::Model(const Shape& s, const WeightSource& weights, const Ops& o, bool b)
                       pack.Linear(block + "mlp.0", embed, 4 * embed),
                       pack.Linear(block + "mlp.2", 4 * embed, embed)});
   }
+  if (bf16 && ops.takes_fp16) UseFp16();
+}
+
+// Every layer's bounds follow from its norms, as a normalised row has a known length.
+void Model::UseFp16() {
+  const auto normed = [this](const AlignedBuffer<float>& gamma, const AlignedBuffer<float>& beta) {
+    double largest = 0.0, squares = 0.0;
+    for (int i = 0; i < shape.embed_dim; ++i) {
+      largest = std::max(largest, std::abs(double{gamma[i]}));
+      squares += double{beta[i]} * beta[i];
+    }
+    return std::sqrt(double(shape.embed_dim)) * largest + std::sqrt(squares);
+  };
+  for (Layer& layer : layers) {
+    const double first = normed(layer.ln1_gamma, layer.ln1_beta);
+    const double second = normed(layer.ln2_gamma, layer.ln2_beta);
+    // what attention returns are means of values, and GELU makes nothing larger
+    const int attn = shape.attn_width();
+    const double attended = layer.kvq.BoundOutput(first, attn, 2 * attn);
+    const double hidden = layer.up.BoundOutput(second, 0, shape.hidden_width());
+    layer.kvq.TryFp16(first);
+    layer.proj.TryFp16(attended);
+    layer.up.TryFp16(second);
+    layer.down.TryFp16(hidden);
+  }
+  for (PackedMatrix& head : heads) head.TryFp16(normed(lnf_gamma, lnf_beta));
 }
 
 int Model::EmbeddingRow(int token, int dim) const {

@@ -69,22 +69,34 @@ class PackedMatrix {
   // Element (i, col) of the padded matrix, and of the bias; zero until set.
   void Set(int i, int col, float value);
   void SetBias(int col, float value) { bias_[col] = value; }
+
+  // Bounds are of Euclidean norms, of every input row and of what columns [first, last) make of it.
+  double BoundOutput(double input_bound, int first, int last) const;
+  // From bfloat16, if every number and every sum then is in float16's range, and none that counts
+  // is so small that it has fewer digits there. Says whether; nothing is set after it.
+  bool TryFp16(double input_bound);
+
   // Columns from this one on, the first of a panel.
   MatrixView view(int first_col = 0) const {
     return {Data(static_cast<size_t>(first_col) * k_), bias_.data() + first_col, k_, n_ - first_col,
-            bf16_};
+            type_};
   }
 
  private:
+  // Where element (i, col) is among numbers of that type.
+  size_t Index(WeightType type, int i, int col) const;
+  // Of float32 or bfloat16.
+  float At(int i, int col) const;
+  double ColumnNorm(int col) const;
   const void* Data(size_t offset) const {
-    return bf16_ ? static_cast<const void*>(bf16_data_.data() + offset)
-                 : float_data_.data() + offset;
+    if (type_ == WeightType::kFloat32) return float_data_.data() + offset;
+    return half_data_.data() + offset;
   }
 
   int k_ = 0, n_ = 0, panel_width_ = 1;
-  bool bf16_ = false;
+  WeightType type_ = WeightType::kFloat32;
   AlignedBuffer<float> float_data_;
-  AlignedBuffer<uint16_t> bf16_data_;
+  AlignedBuffer<uint16_t> half_data_;
   AlignedBuffer<float> bias_;
 };
 
@@ -122,6 +134,9 @@ struct Model {
   // Row of `embedding` of a token, or of a goal's token.
   int EmbeddingRow(int token, int dim) const;
   int GoalRow(int token, int goal_idx) const;
+
+ private:
+  void UseFp16();
 };
 
 }  // namespace tt

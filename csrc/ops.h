@@ -27,15 +27,30 @@ inline constexpr int kMaxRows = 96;
 
 constexpr int RoundUp(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
+// What weights, and the inputs they are multiplied with, are rounded to.
+enum class WeightType {
+  kFloat32,
+  kBf16,  // sums are float32
+  // Weights that are bfloat16, as float16: that loses nothing of what is large enough to count.
+  // Sums of kFp16Sum products are float16, sums of these are float32.
+  kFp16,
+};
+
+// Products that are summed in float16, in order: those of even and those of odd rows of weights,
+// then the two sums. If signs are mixed, that is off by less than inputs rounded to bfloat16 make
+// it on average: by up to 2^-11 of a sum that grows over 32 steps, and not by 2^-9 of each product.
+inline constexpr int kFp16Sum = 64;
+
 // A weight matrix (k, n), n and k padded, in panels of Ops::panel_width columns.
 // float32: data[(panel * k + i) * panel_width + column]
-// bfloat16: data[((panel * k / 2 + i / 2) * panel_width + column) * 2 + i % 2]
+// others: data[((panel * k / 2 + i / 2) * panel_width + place) * 2 + i % 2], where place is the
+// column, or for float16 column / 2 + column % 2 * panel_width / 2
 struct MatrixView {
   const void* data;
   const float* bias;  // (n)
   int k;
   int n;
-  bool bf16;  // inputs are rounded to bfloat16 too; sums are float32
+  WeightType type;
 };
 
 // Queries of some rows over the keys of their ancestors. Heads lie in bundles, see HeadLayout.
@@ -155,8 +170,9 @@ struct Ops {
   const char* name;
   int panel_width;
   int bundle_heads;  // that `attend` takes at once, if a model's heads suit it
+  bool takes_fp16;   // `gemm`, and multiplies kFp16 faster than kBf16
   // c (rows, num_cols) = a (rows, k) w + bias, or += with `add`; num_cols counts whole panels.
-  // scratch: (rows, k) of four bytes, for inputs rounded if w.bf16.
+  // scratch: (rows, k) of four bytes, for inputs rounded; unused if w is float32.
   void (*gemm)(const MatrixView& w, int num_cols, const float* a, size_t lda, int rows, float* c,
                size_t ldc, bool add, void* scratch);
   // out (n) bfloat16, the nearest to x, ties to even (subnormal numbers may become zero); n a
@@ -184,6 +200,7 @@ const Ops* ScalarOps();
 const Ops* Avx2Ops();
 const Ops* Avx512Ops();
 const Ops* Avx512Bf16Ops();
+const Ops* Avx512Fp16Ops();
 const Ops* AmxOps();
 const Ops* NeonOps();
 

@@ -93,7 +93,9 @@ void MultiplyPanel(const uint16_t* a, size_t lda, const uint16_t* w, const float
 
 void Gemm(const MatrixView& w, int num_cols, const float* a, size_t lda, int rows, float* c,
           size_t ldc, bool add, void* scratch) {
-  if (!w.bf16) return Base().gemm(w, num_cols, a, lda, rows, c, ldc, add, scratch);
+  if (w.type == tt::WeightType::kFloat32) {
+    return Base().gemm(w, num_cols, a, lda, rows, c, ldc, add, scratch);
+  }
   const size_t k = w.k;
   uint16_t* rounded = static_cast<uint16_t*>(scratch);
   for (int r = 0; r < rows; ++r) Base().round(a + r * lda, k, rounded + r * k);

@@ -14,7 +14,8 @@ constexpr int kPanel = 16;
 float Weight(const MatrixView& w, int i, int col) {
   const size_t panel = static_cast<size_t>(col) / kPanel;
   const int column = col % kPanel;
-  if (!w.bf16) return static_cast<const float*>(w.data)[(panel * w.k + i) * kPanel + column];
+  if (w.type == WeightType::kFloat32)
+    return static_cast<const float*>(w.data)[(panel * w.k + i) * kPanel + column];
   const size_t pair = (panel * (w.k / 2) + i / 2) * kPanel + column;
   return FromBf16(static_cast<const uint16_t*>(w.data)[pair * 2 + i % 2]);
 }
@@ -26,7 +27,7 @@ void Gemm(const MatrixView& w, int num_cols, const float* a, size_t lda, int row
       float sum = w.bias[col];
       for (int i = 0; i < w.k; ++i) {
         const float x = a[r * lda + i];
-        sum += (w.bf16 ? FromBf16(ToBf16(x)) : x) * Weight(w, i, col);
+        sum += (w.type == WeightType::kFloat32 ? x : FromBf16(ToBf16(x))) * Weight(w, i, col);
       }
       c[r * ldc + col] = add ? c[r * ldc + col] + sum : sum;
     }
@@ -100,9 +101,9 @@ double PeakLoop(int64_t iterations, bool) {
   return static_cast<double>(iterations) * 16.0;
 }
 
-constexpr Ops kOps = {
-    "scalar",     kPanel,        1,         Gemm,      RoundNumbers,  LayerNorm, Gelu,    Attend,
-    TrainForward, TrainBackward, TrainGelu, TrainNorm, TrainNormGrad, DrawKeep,  Softmax, PeakLoop};
+constexpr Ops kOps = {"scalar",  kPanel,        1,        false,        Gemm,          RoundNumbers,
+                      LayerNorm, Gelu,          Attend,   TrainForward, TrainBackward, TrainGelu,
+                      TrainNorm, TrainNormGrad, DrawKeep, Softmax,      PeakLoop};
 
 }  // namespace
 

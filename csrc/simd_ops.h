@@ -199,22 +199,26 @@ inline void AddPair(const float* a, size_t lda, const Weight* w, int i,
 }
 
 // A tile of c: kRows rows times one panel. Its sums stay in registers over all of k. A line of
-// `next` is asked for in every step. For other types of numbers there may be another AddPair.
+// `next` is asked for in every step. For other types of numbers there may be another AddPair, or
+// another tile.
 template <int kRows, typename Number, typename Weight>
-void Tile(const Number* a, size_t lda, const Weight* w, const char* next, const float* bias, int k,
-          float* c, size_t ldc, bool add) {
-  Vec sums[kRows][kTileVecs];
-  UNROLL for (int r = 0; r < kRows; ++r) {
-    UNROLL for (int v = 0; v < kTileVecs; ++v) sums[r][v] = Vec::Load(bias + v * kWidth);
+struct Tile {
+  static void Multiply(const Number* a, size_t lda, const Weight* w, const char* next,
+                       const float* bias, int k, float* c, size_t ldc, bool add) {
+    Vec sums[kRows][kTileVecs];
+    UNROLL for (int r = 0; r < kRows; ++r) {
+      UNROLL for (int v = 0; v < kTileVecs; ++v) sums[r][v] = Vec::Load(bias + v * kWidth);
+    }
+    for (int i = 0; i < k; i += 2) {
+      __builtin_prefetch(next + i * kLine / 2, 0, 2);
+      AddPair(a, lda, w, i, sums);
+    }
+    UNROLL for (int r = 0; r < kRows; ++r) {
+      UNROLL for (int v = 0; v < kTileVecs; ++v)
+          StoreSum(sums[r][v], c + r * ldc + v * kWidth, add);
+    }
   }
-  for (int i = 0; i < k; i += 2) {
-    __builtin_prefetch(next + i * kLine / 2, 0, 2);
-    AddPair(a, lda, w, i, sums);
-  }
-  UNROLL for (int r = 0; r < kRows; ++r) {
-    UNROLL for (int v = 0; v < kTileVecs; ++v) StoreSum(sums[r][v], c + r * ldc + v * kWidth, add);
-  }
-}
+};
 
 template <typename Number, typename Weight>
 using TileFn = void (*)(const Number*, size_t, const Weight*, const char*, const float*, int,
@@ -224,7 +228,7 @@ template <typename Number, typename Weight, int kCount, int... kRows>
 struct Tiles : Tiles<Number, Weight, kCount - 1, kCount - 1, kRows...> {};  // kOf[n - 1]: n rows
 template <typename Number, typename Weight, int... kRows>
 struct Tiles<Number, Weight, 0, kRows...> {
-  static constexpr TileFn<Number, Weight> kOf[] = {Tile<kRows + 1, Number, Weight>...};
+  static constexpr TileFn<Number, Weight> kOf[] = {Tile<kRows + 1, Number, Weight>::Multiply...};
 };
 
 // Tiles of equal height, give or take a row: a short last tile would run below the peak.
@@ -259,7 +263,7 @@ inline void FloatGemm(const MatrixView& w, int num_cols, const float* a, size_t 
 // Weights in bfloat16 become float32 as they are loaded, so that only their memory is saved.
 inline void Gemm(const MatrixView& w, int num_cols, const float* a, size_t lda, int rows, float* c,
                  size_t ldc, bool add, void* scratch) {
-  if (!w.bf16) return FloatGemm(w, num_cols, a, lda, rows, c, ldc, add);
+  if (w.type == tt::WeightType::kFloat32) return FloatGemm(w, num_cols, a, lda, rows, c, ldc, add);
   const size_t k = w.k;
   float* rounded = static_cast<float*>(scratch);
   for (int r = 0; r < rows; ++r) {
@@ -284,10 +288,11 @@ double PeakLoop(int64_t iterations, bool) {
   return static_cast<double>(iterations) * kTileRows * kTileVecs * kWidth * 2;
 }
 
-constexpr Ops MakeOps(decltype(Ops::gemm) gemm, decltype(Ops::peak_loop) peak_loop) {
-  return {kName,         kPanel,   kBundleHeads, gemm,          RoundNumbers, LayerNorm,
-          GeluRow,       Attend,   TrainForward, TrainBackward, TrainGelu,    TrainNorm,
-          TrainNormGrad, DrawKeep, Softmax,      peak_loop};
+constexpr Ops MakeOps(decltype(Ops::gemm) gemm, decltype(Ops::peak_loop) peak_loop,
+                      bool takes_fp16 = false) {
+  return {kName,     kPanel,        kBundleHeads, takes_fp16,   gemm,          RoundNumbers,
+          LayerNorm, GeluRow,       Attend,       TrainForward, TrainBackward, TrainGelu,
+          TrainNorm, TrainNormGrad, DrawKeep,     Softmax,      peak_loop};
 }
 
 }  // namespace

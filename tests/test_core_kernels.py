@@ -46,6 +46,7 @@ def test_this_machine_runs_more_than_the_oracle() -> None:
 FLAGS = {
     "avx2": {"avx2", "fma"},
     "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
+    "avx512_fp16": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_fp16"},
     "avx512_bf16": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"},
     "amx_bf16": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "amx_bf16"},
 }
@@ -65,8 +66,16 @@ def test_what_the_processor_has_is_used(isa: str) -> None:
 def test_dot_products_of_pairs_are_used_where_they_pay() -> None:
     # Intel's take as long as four multiply-adds
     intel = "GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    names = [isa for isa in available_isas() if isa.startswith("avx512")]
+    names = [isa for isa in available_isas() if isa in ("avx512", "avx512_bf16")]
     assert names == (["avx512", "avx512_bf16"] if intel else ["avx512_bf16", "avx512"])
+
+
+@pytest.mark.skipif("avx512_fp16" not in available_isas(), reason="no float16")
+def test_float16_comes_after_what_is_faster() -> None:
+    names = available_isas()
+    at = names.index("avx512_fp16")
+    assert names[at + 1] == "avx512"
+    assert set(names[:at]) <= {"amx_bf16", "avx512_bf16"}
 
 
 @isas
@@ -85,10 +94,13 @@ def test_gemm(isa: str, rows: int, k: int, n: int) -> None:
 def test_gemm_in_bfloat16(isa: str, rows: int, k: int, n: int) -> None:
     x, weight, bias = normal(0, rows, k), normal(1, n, k), normal(2, n)
     got = _core.gemm(x.numpy(), weight.numpy(), bias.numpy(), dtype="bfloat16", isa=isa)
-    # inputs are rounded, sums are not: exact on rounded inputs up to float32
     low_x, low_weight = x.bfloat16(), weight.bfloat16()
-    exact = F.linear(low_x.double(), low_weight.double(), bias.double())
-    assert_close(got, exact, F.linear(low_x.float(), low_weight.float(), bias))
+    rounded = F.linear(low_x.float(), low_weight.float(), bias)
+    if isa == "avx512_fp16":  # inputs are rounded less, sums more
+        exact = F.linear(x.double(), low_weight.double(), bias.double())
+    else:  # inputs are rounded, sums are not: exact on rounded inputs up to float32
+        exact = F.linear(low_x.double(), low_weight.double(), bias.double())
+    assert_close(got, exact, rounded)
 
 
 @isas

@@ -251,7 +251,7 @@ class PlanConfig:
     """"crop" drops whole transitions from the left, as the original; "grow" never drops one."""
     dtype: Precision = "float32"
     """Arithmetic of the model. float32 is exact; bfloat16 halves the memory of keys and values, and
-    on a processor is faster with AMX or AMD's AVX-512."""
+    on a processor is faster with AMX, AVX-512's float16 or AMD's AVX-512."""
 
     def __post_init__(self) -> None:
         for name in ("horizon", "beam_width", "n_expand"):

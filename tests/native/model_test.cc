@@ -2,9 +2,11 @@
 
 #include <bit>
 #include <cmath>
+#include <limits>
 #include <stdexcept>
 
 #include "check.h"
+#include "float16.h"
 #include "isa.h"
 #include "oracle.h"
 #include "small_models.h"
@@ -88,11 +90,12 @@ TEST(PackedMatrixLayout) {
       for (int i = 0; i < kRows; ++i) packed.Set(i, col, number(i, col));
     }
     const MatrixView view = packed.view();
-    CHECK(view.k == kRows && view.n == kCols && view.bf16 == bf16);
+    CHECK(view.k == kRows && view.n == kCols && (view.type == WeightType::kBf16) == bf16);
     const MatrixView part = packed.view(2 * kPanel);
     const size_t begin = static_cast<const char*>(part.data) - static_cast<const char*>(view.data);
     CHECK_EQ(begin, 2 * kPanel * kRows * (bf16 ? sizeof(uint16_t) : sizeof(float)));
-    CHECK(part.k == kRows && part.n == kCols - 2 * kPanel && part.bf16 == bf16);
+    CHECK(part.k == kRows && part.n == kCols - 2 * kPanel &&
+          (part.type == WeightType::kBf16) == bf16);
     CHECK_EQ(part.bias[1], 2.0f * kPanel + 1.0f);
     for (int col = 0; col < kCols; ++col) {
       CHECK_EQ(view.bias[col], static_cast<float>(col));
@@ -108,6 +111,108 @@ TEST(PackedMatrixLayout) {
         }
       }
     }
+  }
+}
+
+// Every float16 but those that are no numbers, and what lies between two of them.
+TEST(Fp16IsRoundedToNearestEven) {
+  const auto value = [](int bits) {
+    const int exponent = bits >> 10, mantissa = bits & 0x3ff;
+    return exponent == 0 ? std::ldexp(mantissa, -24) : std::ldexp(1024 + mantissa, exponent - 25);
+  };
+  for (int bits = 0; bits < 0x7bff; ++bits) {
+    const float x = static_cast<float>(value(bits)), next = static_cast<float>(value(bits + 1));
+    const float middle = (x + next) / 2;  // exact
+    CHECK_EQ(ToFp16(x), bits);
+    CHECK_EQ(ToFp16(-x), bits | 0x8000);
+    CHECK_EQ(ToFp16(middle), bits + bits % 2);
+    CHECK_EQ(ToFp16(std::nextafter(middle, 0.0f)), bits);
+    CHECK_EQ(ToFp16(std::nextafter(middle, next)), bits + 1);
+    CHECK_EQ(RoundToFp16(middle), value(bits + bits % 2));
+  }
+}
+
+// The index formula in ops.h, and the bounds of what fits.
+TEST(PackedMatrixInFp16) {
+  constexpr int kRows = 32, kCols = 64, kPanel = 32;
+  const auto number = [](int i, int col) { return static_cast<float>(i - col) / 64.0f; };
+  const auto pack = [&](float scale) {
+    PackedMatrix packed(kRows, kCols, kPanel, true);
+    for (int col = 0; col < kCols; ++col) {
+      packed.SetBias(col, 3.0f);
+      for (int i = 0; i < kRows; ++i) packed.Set(i, col, scale * number(i, col));
+    }
+    return packed;
+  };
+  PackedMatrix packed = pack(1.0f);
+  double norm = 0.0;  // of the last column, the largest
+  for (int i = 0; i < kRows; ++i) norm += std::pow(number(i, kCols - 1), 2);
+  norm = std::sqrt(norm);
+  CHECK_LE(std::abs(packed.BoundOutput(7.0, kCols - 1, kCols) - (7.0 * norm + 3.0)), 1e-9);
+  CHECK(packed.TryFp16(1.0));
+  const MatrixView view = packed.view();
+  CHECK(view.type == WeightType::kFp16 && view.bias[1] == 3.0f);
+  for (int col = 0; col < kCols; ++col) {
+    const int panel = col / kPanel, place = col % kPanel / 2 + col % 2 * (kPanel / 2);
+    for (int i = 0; i < kRows; ++i) {
+      const int pair = (panel * kRows / 2 + i / 2) * kPanel + place;
+      CHECK_EQ(static_cast<const uint16_t*>(view.data)[pair * 2 + i % 2], ToFp16(number(i, col)));
+    }
+  }
+  const auto fits = [&](float scale, double input) {
+    PackedMatrix other = pack(scale);
+    const bool fit = other.TryFp16(input);
+    CHECK((other.view().type == WeightType::kFp16) == fit);
+    return fit;
+  };
+  CHECK(fits(1.0f, 0x1p12) && !fits(1.0f, 0x1p14));  // the sum
+  CHECK(!fits(0x1p-8f, 0x1p16));                     // the input
+  CHECK(!fits(0x1p16f, 0x1p-5));                     // the weights
+  CHECK(!fits(1.0f, 0x1p-7) && !fits(0x1p-9f, 1.0) && !fits(0x1p-5f, 0x1p-5));
+  CHECK(!fits(0.0f, 1.0) && !fits(1.0f, std::numeric_limits<double>::infinity()));
+}
+
+// Where it is the faster way, and where numbers may become too large for it.
+TEST(ModelUsesFp16WhereItFits) {
+  class LargeGamma : public RandomWeights {
+   public:
+    explicit LargeGamma(std::string name) : RandomWeights(0), name_(std::move(name)) {}
+    const float* Get(const std::string& name, size_t size) const override {
+      const float* values = RandomWeights::Get(name, size);
+      if (name != name_) return values;
+      large_.assign(values, values + size);
+      for (float& x : large_) x *= 1e6f;
+      return large_.data();
+    }
+
+   private:
+    std::string name_;
+    mutable std::vector<float> large_;
+  };
+  const Shape shape = SmallShapes()[0];
+  for (const Ops* ops : AvailableOps()) {
+    const Context context(ops->name);
+    const auto type = ops->takes_fp16 ? WeightType::kFp16 : WeightType::kBf16;
+    const auto check = [&](const std::string& name, const Layer& layer, bool kvq, bool proj,
+                           bool up, bool down) {
+      const Context gamma(name);
+      const auto is = [&](const PackedMatrix& matrix, bool fits) {
+        CHECK(matrix.view().type == (fits ? type : WeightType::kBf16));
+      };
+      is(layer.kvq, kvq);
+      is(layer.proj, proj);
+      is(layer.up, up);
+      is(layer.down, down);
+    };
+    for (const char* name : {"none", "blocks.1.ln1.weight", "blocks.1.ln2.weight", "ln_f.weight"}) {
+      const Model model(shape, LargeGamma(name), *ops, true);
+      const bool first = model.layers[1].ln1_gamma[0] < 1e3f,
+                 second = model.layers[1].ln2_gamma[0] < 1e3f, last = model.lnf_gamma[0] < 1e3f;
+      check(name, model.layers[0], true, true, true, true);
+      check(name, model.layers[1], first, first, second, second);
+      CHECK(model.heads[0].view().type == (last ? type : WeightType::kBf16));
+    }
+    CHECK(Model(shape, RandomWeights(0), *ops, false).heads[0].view().type == WeightType::kFloat32);
   }
 }
 

@@ -21,14 +21,19 @@ constexpr float kGuard = 123.25f;  // in memory that must not be written
 
 // ---- matrix product ----
 
+const char* NameOf(WeightType type) {
+  return type == WeightType::kFloat32 ? "fp32" : type == WeightType::kBf16 ? "bf16" : "fp16";
+}
+
 // c = a w + bias of up to kMaxRows rows.
 struct GemmCase {
   int k, n, num_cols;
-  bool bf16;
+  WeightType type;
   std::vector<float> a, weight, bias, old;  // (kMaxRows, k) (k, n) (n) (kMaxRows, n)
   Doubles sum, magnitude;                   // (kMaxRows, num_cols)
 
-  GemmCase(int k, int n, int num_cols, bool bf16) : k(k), n(n), num_cols(num_cols), bf16(bf16) {
+  GemmCase(int k, int n, int num_cols, WeightType type)
+      : k(k), n(n), num_cols(num_cols), type(type) {
     Random random(k * 1000 + n);
     a = random.Normals(size_t{kMaxRows} * k);
     weight = random.Normals(size_t(k) * n);
@@ -41,22 +46,40 @@ struct GemmCase {
 
   void AddElement(int r, int col) {
     double total = bias[col], size = std::abs(bias[col]);
+    double parts[2] = {};  // float16 sums of even rows of weights, and of odd ones
     for (int i = 0; i < k; ++i) {
-      const float x = a[size_t(r) * k + i], y = weight[size_t(i) * n + col];
-      const double product = bf16 ? double{RoundToBf16(x)} * RoundToBf16(y) : double{x} * y;
-      total += product;
+      const double x = Rounded(a[size_t(r) * k + i]);
+      const double product = x * RoundedWeight(weight[size_t(i) * n + col]);
       size += std::abs(product);
+      if (type != WeightType::kFp16) {
+        total += product;
+        continue;
+      }
+      parts[i % 2] = RoundToFp16(parts[i % 2] + product);
+      if ((i + 1) % kFp16Sum != 0 && i + 1 < k) continue;
+      total += RoundToFp16(parts[0] + parts[1]);
+      parts[0] = parts[1] = 0.0;
     }
     sum.push_back(total);
     magnitude.push_back(size);
   }
 
+  double Rounded(float x) const {
+    if (type == WeightType::kFp16) return RoundToFp16(x);
+    return type == WeightType::kBf16 ? RoundToBf16(x) : x;
+  }
+
+  double RoundedWeight(float x) const {
+    return Rounded(type == WeightType::kFp16 ? RoundToBf16(x) : x);
+  }
+
   PackedMatrix Pack(const Ops& ops) const {
-    PackedMatrix packed(k, n, ops.panel_width, bf16);
+    PackedMatrix packed(k, n, ops.panel_width, type != WeightType::kFloat32);
     for (int col = 0; col < n; ++col) {
       packed.SetBias(col, bias[col]);
       for (int i = 0; i < k; ++i) packed.Set(i, col, weight[size_t(i) * n + col]);
     }
+    if (type == WeightType::kFp16) CHECK(packed.TryFp16(std::sqrt(2.0 * k)));
     return packed;
   }
 };
@@ -66,7 +89,7 @@ struct GemmCase {
 void CheckGemm(const Ops& ops, const GemmCase& test, const PackedMatrix& packed, int rows,
                bool add) {
   const Context context(Text(ops.name, "rows", rows, "k", test.k, "n", test.n, "cols",
-                             test.num_cols, test.bf16 ? "bf16" : "fp32", add ? "add" : ""));
+                             test.num_cols, NameOf(test.type), add ? "add" : ""));
   const int lda = test.k + 3, ldc = test.n + 5, k = test.k;
   std::vector<float> a(size_t(rows) * lda, kNaN);
   std::vector<float> c(size_t(RoundUp(rows, kPad)) * ldc, kGuard);
@@ -76,7 +99,7 @@ void CheckGemm(const Ops& ops, const GemmCase& test, const PackedMatrix& packed,
       c[r * ldc + col] = test.old[r * test.n + col];
     }
   }
-  std::vector<float> scratch(test.bf16 ? size_t(rows) * k : 0);
+  std::vector<float> scratch(test.type == WeightType::kFloat32 ? 0 : size_t(rows) * k);
   ops.gemm(packed.view(), test.num_cols, a.data(), lda, rows, c.data(), ldc, add, scratch.data());
   double worst = 0.0;  // error as a part of its bound
   for (int r = 0; r < rows; ++r) {
@@ -93,9 +116,10 @@ void CheckGemm(const Ops& ops, const GemmCase& test, const PackedMatrix& packed,
   for (size_t i = size_t(rows) * ldc; i < c.size(); ++i) CHECK_EQ(c[i], kGuard);
 }
 
-void CheckGemmCase(int k, int n, int num_cols, bool bf16) {
-  const GemmCase test(k, n, num_cols, bf16);
+void CheckGemmCase(int k, int n, int num_cols, WeightType type) {
+  const GemmCase test(k, n, num_cols, type);
   for (const Ops* ops : AvailableOps()) {
+    if (type == WeightType::kFp16 && !ops->takes_fp16) continue;
     const PackedMatrix packed = test.Pack(*ops);
     for (bool add : {false, true}) {
       for (int rows = 1; rows <= 13; ++rows) CheckGemm(*ops, test, packed, rows, add);
@@ -167,18 +191,35 @@ void CheckSoftmax(const Ops& ops, int n, double spread, bool in_place, double sh
 
 }  // namespace
 
-TEST(GemmFloat) {
-  CheckGemmCase(32, 32, 32, false);
-  CheckGemmCase(64, 96, 96, false);
-  CheckGemmCase(96, 160, 64, false);  // only some of the columns
-  CheckGemmCase(160, 64, 64, false);
+TEST(GemmAllTypes) {
+  for (WeightType type : {WeightType::kFloat32, WeightType::kBf16, WeightType::kFp16}) {
+    CheckGemmCase(32, 32, 32, type);
+    CheckGemmCase(64, 96, 96, type);
+    CheckGemmCase(96, 160, 64, type);  // only some of the columns
+    CheckGemmCase(160, 64, 64, type);
+  }
 }
 
-TEST(GemmBf16) {
-  CheckGemmCase(32, 32, 32, true);
-  CheckGemmCase(64, 96, 96, true);
-  CheckGemmCase(96, 160, 64, true);
-  CheckGemmCase(160, 64, 64, true);
+// What kFp16Sum promises: sums in float16 are off by less than inputs rounded to bfloat16 make
+// them.
+TEST(GemmFp16IsNoWorseThanBf16) {
+  constexpr int kRows = 512, kCols = 32;
+  const GemmCase exact(kRows, kCols, kCols, WeightType::kFp16);
+  double ours = 0.0, theirs = 0.0;
+  for (int r = 0; r < kMaxRows; ++r) {
+    for (int col = 0; col < kCols; ++col) {
+      double want = exact.bias[col], rounded = want;
+      for (int i = 0; i < kRows; ++i) {
+        const float x = exact.a[size_t(r) * kRows + i];
+        const double y = RoundToBf16(exact.weight[size_t(i) * kCols + col]);
+        want += x * y;
+        rounded += RoundToBf16(x) * y;
+      }
+      ours += std::pow(exact.sum[size_t(r) * kCols + col] - want, 2);
+      theirs += std::pow(rounded - want, 2);
+    }
+  }
+  CHECK_LE(ours, theirs);
 }
 
 // Inputs on both sides of, and exactly at, the middle between two bfloat16 numbers.

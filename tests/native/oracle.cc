@@ -124,6 +124,11 @@ float RoundToBf16(float x) {
   return std::bit_cast<float>(upper << 16);
 }
 
+double RoundToFp16(double x) {
+  const double step = std::exp2(std::max(std::ilogb(x), -14) - 10);
+  return std::nearbyint(x / step) * step;
+}
+
 double Gelu(double x) { return 0.5 * x * std::erfc(-x * 0.7071067811865476); }
 
 Doubles Softmax(const Doubles& x) {

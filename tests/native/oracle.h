@@ -18,6 +18,8 @@ inline constexpr double kTiny = 0x1p-126;
 
 // Nearest bfloat16, ties to even.
 float RoundToBf16(float x);
+// Nearest float16 in its range, ties to even.
+double RoundToFp16(double x);
 double Gelu(double x);
 Doubles Softmax(const Doubles& x);
 Doubles LayerNorm(const Doubles& x, const float* gamma, const float* beta);
