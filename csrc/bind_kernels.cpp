@@ -163,14 +163,17 @@ Floats RunAttend(const Floats& q, const Floats& k, const Floats& v, int hidden,
     }
   }
   AlignedBuffer<uint16_t> rounded(bf16 ? kv.size() : 0);
-  if (bf16) ops.round(kv.data(), kv.size(), rounded.data());
+  const NumberType type = !bf16                                ? NumberType::kFloat32
+                          : ops.takes_fp16 && layout.heads > 1 ? NumberType::kFp16
+                                                               : NumberType::kBf16;
+  if (bf16) ops.round(kv.data(), kv.size(), type, rounded.data());
   const uint32_t* paths[] = {path.data(), path.data()};
   const int32_t lens[] = {len, len - hidden}, shared[] = {0, len - hidden};
   ops.attend({.rows = 2,
               .q = query.data(),
               .q_stride = width,
               .kv = bf16 ? static_cast<const void*>(rounded.data()) : kv.data(),
-              .bf16 = bf16,
+              .type = type,
               .bundle_size = bundle_size,
               .paths = paths,
               .lens = lens,

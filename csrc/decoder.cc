@@ -15,9 +15,8 @@ double SecondsSince(Clock::time_point begin) {
 }
 
 // n numbers, a multiple of kHeadPad: too few to call memcpy for.
-template <typename Number>
-inline void CopyLanes(const Number* from, size_t n, Number* to) {
-  for (size_t i = 0; i < n; i += kHeadPad) std::memcpy(to + i, from + i, kHeadPad * sizeof(Number));
+inline void CopyLanes(const float* from, size_t n, float* to) {
+  for (size_t i = 0; i < n; i += kHeadPad) std::memcpy(to + i, from + i, kHeadPad * sizeof(float));
 }
 
 // Fewer rows are not worth a thread of their own.
@@ -177,13 +176,7 @@ void Decoder::AttentionInput(int layer, int begin, int end, bool keys_only, Scra
   for (int row = begin; row < end; ++row) {
     float* own = RowOf(scratch.kvq, row - begin, 3 * attn);
     const float* kvq = layer > 0 ? own : first_[row];
-    if (model_.bf16) {
-      uint16_t* rounded = reinterpret_cast<uint16_t*>(scratch.rounded.data());
-      model_.ops.round(kvq, 2 * attn, rounded);
-      StoreKeys(layer, row, rounded);
-    } else {
-      StoreKeys(layer, row, kvq);
-    }
+    StoreKeys(layer, row, kvq);
     if (keys_only) continue;
     float* query = pass_->chained ? RowOf(q_, row, attn) : own + 2 * attn;
     if (query != kvq + 2 * attn) CopyLanes(kvq + 2 * attn, attn, query);
@@ -237,13 +230,21 @@ void Decoder::PrefetchKeys(int layer, int begin, int end) {
 }
 
 // kv: keys of all heads, then values of all heads.
-template <typename Number>
-void Decoder::StoreKeys(int layer, int row, const Number* kv) {
+void Decoder::StoreKeys(int layer, int row, const float* kv) {
+  const NumberType type = model_.layers[layer].key_type;
   const size_t stride = model_.head_layout.stride;
+  const auto store = [&](const float* from, std::byte* to) {
+    if (type == NumberType::kFloat32) {
+      CopyLanes(from, stride, reinterpret_cast<float*>(to));
+    } else {
+      model_.ops.round(from, stride, type, reinterpret_cast<uint16_t*>(to));
+    }
+  };
   for (int bundle = 0; bundle < model_.head_layout.num_bundles; ++bundle) {
-    Number* key = reinterpret_cast<Number*>(KeyOf(layer, bundle, row));
-    CopyLanes(kv + bundle * stride, stride, key);
-    CopyLanes(kv + model_.shape.attn_width() + bundle * stride, stride, key + bundle_size());
+    std::byte* key = KeyOf(layer, bundle, row);
+    store(kv + bundle * stride, key);
+    store(kv + model_.shape.attn_width() + bundle * stride,
+          key + bundle_size() * model_.key_bytes());
   }
 }
 
@@ -256,7 +257,7 @@ void Decoder::AttentionOutput(int layer, int begin, int end, Scratch& scratch) {
                      .q = pass_->chained ? RowOf(q_, begin, attn) : scratch.kvq.data() + 2 * attn,
                      .q_stride = static_cast<size_t>(pass_->chained ? attn : 3 * attn),
                      .kv = kv_[layer].data(),
-                     .bf16 = model_.bf16,
+                     .type = model_.layers[layer].key_type,
                      .bundle_size = bundle_size(),
                      .paths = pass_->path.data() + begin,
                      .lens = pass_->path_len.data() + begin,

@@ -51,7 +51,7 @@ class Decoder {
     AlignedBuffer<float> hidden;    // (hidden_width)
     AlignedBuffer<float> scores;    // (kScoreRows, AttendArgs::scores_size)
     AlignedBuffer<uint32_t> fresh;  // (kMaxRows * longest path) AttendArgs::fresh
-    AlignedBuffer<float> rounded;   // (widest of these) inputs of products, or keys, in bfloat16
+    AlignedBuffer<float> rounded;   // (widest of these) inputs of products, rounded
     double gemm_seconds = 0.0;
     double attention_seconds = 0.0;
   };
@@ -70,8 +70,7 @@ class Decoder {
   bool IsOneBlock(int begin, int end) const;
   void ProjectInPlace(int layer, int begin, int end, bool keys_only, Scratch& scratch);
   void PrefetchKeys(int layer, int begin, int end);
-  template <typename Number>
-  void StoreKeys(int layer, int row, const Number* kv);
+  void StoreKeys(int layer, int row, const float* kv);
   void AttentionOutput(int layer, int begin, int end, Scratch& scratch);
   void Mlp(int layer, int begin, int end, Scratch& scratch);
   void Logits(int begin, int end, Scratch& scratch);

@@ -111,6 +111,13 @@ class Packer {
   bool bf16_;
 };
 
+// Whether float16 does for numbers with these bounds. It ends at 2^16, which leaves room for
+// roundings, and has all its digits from 2^-14 on.
+bool FitFp16(std::initializer_list<double> bounds) {
+  return std::all_of(bounds.begin(), bounds.end(),
+                     [](double bound) { return bound >= 0x1p-6 && bound <= 0x1p15; });
+}
+
 void CheckSize(const char* name, int64_t value, int64_t low, int64_t high) {
   if (value >= low && value <= high) return;
   throw std::invalid_argument(std::string(name) + ": expected a number in [" + std::to_string(low) +
@@ -166,22 +173,22 @@ PackedMatrix::PackedMatrix(int k, int n, int panel_width, bool bf16)
     : k_(k),
       n_(n),
       panel_width_(panel_width),
-      type_(bf16 ? WeightType::kBf16 : WeightType::kFloat32) {
+      type_(bf16 ? NumberType::kBf16 : NumberType::kFloat32) {
   const size_t size = static_cast<size_t>(k) * n;
   bf16 ? half_data_.ReserveZeroed(size) : float_data_.ReserveZeroed(size);
   bias_.ReserveZeroed(n);
 }
 
-size_t PackedMatrix::Index(WeightType type, int i, int col) const {
+size_t PackedMatrix::Index(NumberType type, int i, int col) const {
   const size_t panel = col / panel_width_, column = col % panel_width_;
-  if (type == WeightType::kFloat32) return (panel * k_ + i) * panel_width_ + column;
+  if (type == NumberType::kFloat32) return (panel * k_ + i) * panel_width_ + column;
   const size_t place =
-      type == WeightType::kFp16 ? column / 2 + column % 2 * (panel_width_ / 2) : column;
+      type == NumberType::kFp16 ? column / 2 + column % 2 * (panel_width_ / 2) : column;
   return ((panel * (k_ / 2) + i / 2) * panel_width_ + place) * 2 + i % 2;
 }
 
 void PackedMatrix::Set(int i, int col, float value) {
-  if (type_ == WeightType::kFloat32) {
+  if (type_ == NumberType::kFloat32) {
     float_data_[Index(type_, i, col)] = value;
   } else {
     half_data_[Index(type_, i, col)] = ToBf16(value);
@@ -190,7 +197,7 @@ void PackedMatrix::Set(int i, int col, float value) {
 
 float PackedMatrix::At(int i, int col) const {
   const size_t index = Index(type_, i, col);
-  return type_ == WeightType::kFloat32 ? float_data_[index] : FromBf16(half_data_[index]);
+  return type_ == NumberType::kFloat32 ? float_data_[index] : FromBf16(half_data_[index]);
 }
 
 double PackedMatrix::ColumnNorm(int col) const {
@@ -211,20 +218,17 @@ double PackedMatrix::BoundOutput(double input_bound, int first, int last) const 
 bool PackedMatrix::TryFp16(double input_bound) {
   double weight_bound = 0.0;
   for (int col = 0; col < n_; ++col) weight_bound = std::max(weight_bound, ColumnNorm(col));
-  // No part of a sum is larger than the product of the two norms. float16 ends at 2^16, which
-  // leaves room for roundings, and has all its digits from 2^-14 on.
-  for (double bound : {input_bound, weight_bound, input_bound * weight_bound}) {
-    if (!(bound >= 0x1p-6 && bound <= 0x1p15)) return false;
-  }
+  // no part of a sum is larger than the product of the two norms
+  if (!FitFp16({input_bound, weight_bound, input_bound * weight_bound})) return false;
   const AlignedBuffer<uint16_t> weights = std::move(half_data_);
   half_data_ = AlignedBuffer<uint16_t>(weights.size());
   for (int col = 0; col < n_; ++col) {
     for (int i = 0; i < k_; ++i) {
-      const float weight = FromBf16(weights[Index(WeightType::kBf16, i, col)]);
-      half_data_[Index(WeightType::kFp16, i, col)] = ToFp16(weight);
+      const float weight = FromBf16(weights[Index(NumberType::kBf16, i, col)]);
+      half_data_[Index(NumberType::kFp16, i, col)] = ToFp16(weight);
     }
   }
-  type_ = WeightType::kFp16;
+  type_ = NumberType::kFp16;
   return true;
 }
 
@@ -256,7 +260,8 @@ Model::Model(const Shape& s, const WeightSource& weights, const Ops& o, bool b)
                       pack.Vector(block + "ln2.weight"), pack.Vector(block + "ln2.bias"),
                       pack.Kvq(block + "attn."), pack.Proj(block + "attn.proj"),
                       pack.Linear(block + "mlp.0", embed, 4 * embed),
-                      pack.Linear(block + "mlp.2", 4 * embed, embed)});
+                      pack.Linear(block + "mlp.2", 4 * embed, embed),
+                      bf16 ? NumberType::kBf16 : NumberType::kFloat32});
   }
   if (bf16 && ops.takes_fp16) UseFp16();
 }
@@ -274,12 +279,18 @@ void Model::UseFp16() {
   for (Layer& layer : layers) {
     const double first = normed(layer.ln1_gamma, layer.ln1_beta);
     const double second = normed(layer.ln2_gamma, layer.ln2_beta);
-    // what attention returns are means of values, and GELU makes nothing larger
     const int attn = shape.attn_width();
-    const double attended = layer.kvq.BoundOutput(first, attn, 2 * attn);
+    const double keys = layer.kvq.BoundOutput(first, 0, attn);
+    const double values = layer.kvq.BoundOutput(first, attn, 2 * attn);
+    const double queries =
+        layer.kvq.BoundOutput(first, 2 * attn, 3 * attn) / std::sqrt(double(shape.head_dim()));
+    if (head_layout.heads > 1 && FitFp16({keys, queries, keys * queries, kFp16Values * values})) {
+      layer.key_type = NumberType::kFp16;
+    }
     const double hidden = layer.up.BoundOutput(second, 0, shape.hidden_width());
+    // what attention returns are means of values, and GELU makes nothing larger
     layer.kvq.TryFp16(first);
-    layer.proj.TryFp16(attended);
+    layer.proj.TryFp16(values);
     layer.up.TryFp16(second);
     layer.down.TryFp16(hidden);
   }

@@ -84,17 +84,17 @@ class PackedMatrix {
 
  private:
   // Where element (i, col) is among numbers of that type.
-  size_t Index(WeightType type, int i, int col) const;
+  size_t Index(NumberType type, int i, int col) const;
   // Of float32 or bfloat16.
   float At(int i, int col) const;
   double ColumnNorm(int col) const;
   const void* Data(size_t offset) const {
-    if (type_ == WeightType::kFloat32) return float_data_.data() + offset;
+    if (type_ == NumberType::kFloat32) return float_data_.data() + offset;
     return half_data_.data() + offset;
   }
 
   int k_ = 0, n_ = 0, panel_width_ = 1;
-  WeightType type_ = WeightType::kFloat32;
+  NumberType type_ = NumberType::kFloat32;
   AlignedBuffer<float> float_data_;
   AlignedBuffer<uint16_t> half_data_;
   AlignedBuffer<float> bias_;
@@ -105,6 +105,7 @@ struct Layer {
   PackedMatrix kvq;                                               // (width, 3 attn_width)
   PackedMatrix proj;                                              // (attn_width, width)
   PackedMatrix up, down;                                          // the MLP
+  NumberType key_type;                                            // and of values
 };
 
 // Weights by their PyTorch names, contiguous float32 in PyTorch's layout.

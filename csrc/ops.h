@@ -27,8 +27,8 @@ inline constexpr int kMaxRows = 96;
 
 constexpr int RoundUp(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// What weights, and the inputs they are multiplied with, are rounded to.
-enum class WeightType {
+// What weights, and the inputs they are multiplied with, are rounded to; keys and values, too.
+enum class NumberType {
   kFloat32,
   kBf16,  // sums are float32
   // Weights that are bfloat16, as float16: that loses nothing of what is large enough to count.
@@ -38,8 +38,10 @@ enum class WeightType {
 
 // Products that are summed in float16, in order: those of even and those of odd rows of weights,
 // then the two sums. If signs are mixed, that is off by less than inputs rounded to bfloat16 make
-// it on average: by up to 2^-11 of a sum that grows over 32 steps, and not by 2^-9 of each product.
-inline constexpr int kFp16Sum = 64;
+// it on average: by up to 2^-11 of a sum that grows over 64 steps, and not by 2^-9 of each product.
+inline constexpr int kFp16Sum = 128;
+// Values that attention sums in float16; none of their weights is more than 1.
+inline constexpr int kFp16Values = 32;
 
 // A weight matrix (k, n), n and k padded, in panels of Ops::panel_width columns.
 // float32: data[(panel * k + i) * panel_width + column]
@@ -50,7 +52,7 @@ struct MatrixView {
   const float* bias;  // (n)
   int k;
   int n;
-  WeightType type;
+  NumberType type;
 };
 
 // Queries of some rows over the keys of their ancestors. Heads lie in bundles, see HeadLayout.
@@ -59,10 +61,10 @@ struct AttendArgs {
   const float* q;  // (rows, q_stride), of which (num_bundles, bundle_stride) are used
   size_t q_stride;
   // (num_bundles, 2, bundle_size): of each bundle all nodes' keys, then their values. (A node's two
-  // beside each other would leave half of the first cache's sets to each.) float32 or bfloat16;
-  // arithmetic is float32.
+  // beside each other would leave half of the first cache's sets to each.) Arithmetic is float32,
+  // but for float16: see fp16_attend.h.
   const void* kv;
-  bool bf16;
+  NumberType type;
   size_t bundle_size;
   const uint32_t* const* paths;  // (rows) of (len) offsets of nodes in kv
   const int32_t* lens;           // (rows), at least 1
@@ -175,9 +177,9 @@ struct Ops {
   // scratch: (rows, k) of four bytes, for inputs rounded; unused if w is float32.
   void (*gemm)(const MatrixView& w, int num_cols, const float* a, size_t lda, int rows, float* c,
                size_t ldc, bool add, void* scratch);
-  // out (n) bfloat16, the nearest to x, ties to even (subnormal numbers may become zero); n a
-  // multiple of kHeadPad.
-  void (*round)(const float* x, size_t n, uint16_t* out);
+  // out (n) bfloat16 or float16, the nearest to x, ties to even (bfloat16's subnormal numbers may
+  // become zero); n a multiple of kHeadPad.
+  void (*round)(const float* x, size_t n, NumberType type, uint16_t* out);
   // out (padded) = normalised x (width) * gamma + beta, zero in the padding.
   void (*layer_norm)(const float* x, const float* gamma, const float* beta, int width, float* out);
   // x (n) in place, n a multiple of kPad: exact GELU, x Phi(x).

@@ -93,12 +93,12 @@ void MultiplyPanel(const uint16_t* a, size_t lda, const uint16_t* w, const float
 
 void Gemm(const MatrixView& w, int num_cols, const float* a, size_t lda, int rows, float* c,
           size_t ldc, bool add, void* scratch) {
-  if (w.type == tt::WeightType::kFloat32) {
+  if (w.type == tt::NumberType::kFloat32) {
     return Base().gemm(w, num_cols, a, lda, rows, c, ldc, add, scratch);
   }
   const size_t k = w.k;
   uint16_t* rounded = static_cast<uint16_t*>(scratch);
-  for (int r = 0; r < rows; ++r) Base().round(a + r * lda, k, rounded + r * k);
+  for (int r = 0; r < rows; ++r) Base().round(a + r * lda, k, w.type, rounded + r * k);
   if (add) AddBias(w.bias, num_cols, rows, c, ldc);
   Fence();
   for (int begin = 0, configured = 0; begin < rows; begin += kPad) {

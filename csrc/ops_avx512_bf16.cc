@@ -32,10 +32,10 @@ inline void AddPair(const uint16_t* a, size_t lda, const uint16_t* w, int i,
 
 void DotGemm(const MatrixView& w, int num_cols, const float* a, size_t lda, int rows, float* c,
              size_t ldc, bool add, void* scratch) {
-  if (w.type == tt::WeightType::kFloat32) return FloatGemm(w, num_cols, a, lda, rows, c, ldc, add);
+  if (w.type == tt::NumberType::kFloat32) return FloatGemm(w, num_cols, a, lda, rows, c, ldc, add);
   const size_t k = w.k;
   uint16_t* rounded = static_cast<uint16_t*>(scratch);
-  for (int r = 0; r < rows; ++r) RoundNumbers(a + r * lda, k, rounded + r * k);
+  for (int r = 0; r < rows; ++r) RoundNumbers(a + r * lda, k, w.type, rounded + r * k);
   TileLoop<uint16_t>(w, num_cols, static_cast<const uint16_t*>(rounded), k, rows, c, ldc, add);
 }
 

@@ -10,53 +10,85 @@ constexpr char kName[] = "avx512_fp16";
 namespace {
 
 using tt::kFp16Sum;
-using tt::WeightType;
+using tt::NumberType;
 
-// A number of float16. Of a panel's two vectors the first holds columns 0, 2, 4 and so on, the
-// second those between; of each column an even row of weights, then the odd one behind it.
+// A number of float16.
 struct Half {
   uint16_t bits;
 };
-constexpr __mmask32 kOddLanes = 0xAAAAAAAA;
-static_assert(kTileVecs == 2);
 
-inline __m512h LoadHalves(const Half* p) { return (__m512h)_mm512_loadu_si512(p); }
+inline __m256i RoundToHalves(Vec x) {
+  return _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+inline Vec ToFloats(__m256i halves) { return Vec(_mm512_cvtxph_ps((__m256h)halves)); }
 
-// Of each column the sum of even rows and that of odd ones, added; columns are in order then.
-inline __m512i AddPairs(__m512h first, __m512h second) {
-  const __m512i x = (__m512i)first, y = (__m512i)second;
+// Twice kWidth of them.
+struct Halves {
+  __m512h v;
+
+  Halves() = default;
+  explicit Halves(__m512h x) : v(x) {}
+  explicit Halves(Vec bits) : v((__m512h)bits.v) {}
+  Halves(Vec lower, Vec upper)
+      : v((__m512h)_mm512_inserti64x4(_mm512_castsi256_si512(RoundToHalves(lower)),
+                                      RoundToHalves(upper), 1)) {}
+  static Halves Load(const Half* p) { return Halves((__m512h)_mm512_loadu_si512(p)); }
+  // The same two numbers in every pair of lanes.
+  static Halves BroadcastPair(const Half* p) {
+    int32_t pair;
+    __builtin_memcpy(&pair, p, sizeof(pair));
+    return Halves((__m512h)_mm512_set1_epi32(pair));
+  }
+  Vec Lower() const { return ToFloats(_mm512_castsi512_si256((__m512i)v)); }
+  Vec Upper() const { return ToFloats(_mm512_extracti64x4_epi64((__m512i)v, 1)); }
+};
+
+inline Halves operator+(Halves a, Halves b) { return Halves(_mm512_add_ph(a.v, b.v)); }
+inline Halves operator*(Halves a, Halves b) { return Halves(_mm512_mul_ph(a.v, b.v)); }
+inline Halves Fma(Halves a, Halves b, Halves c) { return Halves(_mm512_fmadd_ph(a.v, b.v, c.v)); }
+
+// Sums of neighbours: of a in the even lanes, of b in the odd lanes.
+inline Halves AddPairs(Halves a, Halves b) {
+  constexpr __mmask32 kOddLanes = 0xAAAAAAAA;
+  const __m512i x = (__m512i)a.v, y = (__m512i)b.v;
   const __m512i even = _mm512_mask_blend_epi16(kOddLanes, x, _mm512_slli_epi32(y, 16));
   const __m512i odd = _mm512_mask_blend_epi16(kOddLanes, _mm512_srli_epi32(x, 16), y);
-  return (__m512i)_mm512_add_ph((__m512h)even, (__m512h)odd);
+  return Halves((__m512h)even) + Halves((__m512h)odd);
 }
 
-inline Vec ToFloats(__m256i halves) { return Vec(_mm512_cvtxph_ps((__m256h)halves)); }
+}  // namespace
+#include "fp16_attend.h"
+
+namespace {
+
+// ---- matrix product ----
+//
+// Of a panel's two vectors the first holds columns 0, 2, 4 and so on, the second those between; of
+// each column an even row of weights, then the odd one behind it.
+static_assert(kTileVecs == 2);
 
 template <int kRows>
 struct Tile<kRows, Half, Half> {
   // Rows [begin, end) of w.
   static inline void AddSums(const Half* a, size_t lda, const Half* w, const char* next, int begin,
                              int end, const float* bias, float* c, size_t ldc, bool add) {
-    __m512h sums[kRows][kTileVecs];
-    UNROLL for (int r = 0; r < kRows; ++r) sums[r][0] = sums[r][1] = _mm512_setzero_ph();
+    Halves sums[kRows][kTileVecs];
+    UNROLL for (int r = 0; r < kRows; ++r) sums[r][0] = sums[r][1] = Halves(Vec(0.0f));
     for (int i = begin; i < end; i += 2) {
       __builtin_prefetch(next + i * kLine / 2, 0, 2);
       const Half* pairs = w + i * kPanel;
-      const __m512h first = LoadHalves(pairs), second = LoadHalves(pairs + kPanel);
+      const Halves first = Halves::Load(pairs), second = Halves::Load(pairs + kPanel);
       UNROLL for (int r = 0; r < kRows; ++r) {
-        int32_t pair;
-        __builtin_memcpy(&pair, a + r * lda + i, sizeof(pair));
-        const __m512h x = (__m512h)_mm512_set1_epi32(pair);
-        sums[r][0] = _mm512_fmadd_ph(x, first, sums[r][0]);
-        sums[r][1] = _mm512_fmadd_ph(x, second, sums[r][1]);
+        const Halves x = Halves::BroadcastPair(a + r * lda + i);
+        sums[r][0] = Fma(x, first, sums[r][0]);
+        sums[r][1] = Fma(x, second, sums[r][1]);
       }
     }
     UNROLL for (int r = 0; r < kRows; ++r) {
-      const __m512i sum = AddPairs(sums[r][0], sums[r][1]);
+      const Halves sum = AddPairs(sums[r][0], sums[r][1]);
       float* out = c + r * ldc;
-      StoreSum(ToFloats(_mm512_castsi512_si256(sum)) + Vec::Load(bias), out, add);
-      StoreSum(ToFloats(_mm512_extracti64x4_epi64(sum, 1)) + Vec::Load(bias + kWidth), out + kWidth,
-               add);
+      StoreSum(sum.Lower() + Vec::Load(bias), out, add);
+      StoreSum(sum.Upper() + Vec::Load(bias + kWidth), out + kWidth, add);
     }
   }
 
@@ -70,35 +102,51 @@ struct Tile<kRows, Half, Half> {
   }
 };
 
+void RoundRow(const float* x, size_t n, void* out) {
+  for (size_t i = 0; i < n; i += kWidth) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(static_cast<Half*>(out) + i),
+                        RoundToHalves(Vec::Load(x + i)));
+  }
+}
+
+void HalfRound(const float* x, size_t n, NumberType type, uint16_t* out) {
+  type == NumberType::kFp16 ? RoundRow(x, n, out) : RoundNumbers(x, n, type, out);
+}
+
 void HalfGemm(const MatrixView& w, int num_cols, const float* a, size_t lda, int rows, float* c,
               size_t ldc, bool add, void* scratch) {
-  if (w.type != WeightType::kFp16) return Gemm(w, num_cols, a, lda, rows, c, ldc, add, scratch);
+  if (w.type != NumberType::kFp16) return Gemm(w, num_cols, a, lda, rows, c, ldc, add, scratch);
   const size_t k = w.k;
   Half* rounded = static_cast<Half*>(scratch);
-  for (int r = 0; r < rows; ++r) {
-    for (size_t i = 0; i < k; i += kWidth) {
-      const __m512 x = _mm512_loadu_ps(a + r * lda + i);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(rounded + r * k + i),
-                          _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-    }
-  }
+  for (int r = 0; r < rows; ++r) RoundRow(a + r * lda, k, rounded + r * k);
   TileLoop<Half>(w, num_cols, static_cast<const Half*>(rounded), k, rows, c, ldc, add);
 }
 
 // As many independent sums as a tile has, no memory.
 double HalfPeakLoop(int64_t iterations, bool bf16) {
   if (!bf16) return PeakLoop(iterations, false);
-  __m512h sums[kTileRows * kTileVecs];
-  UNROLL for (__m512h& sum : sums) sum = _mm512_setzero_ph();
-  const __m512h ones = (__m512h)_mm512_set1_epi16(0x3c00);
+  Halves sums[kTileRows * kTileVecs];
+  UNROLL for (Halves& sum : sums) sum = Halves(Vec(0.0f));
+  const Halves ones((__m512h)_mm512_set1_epi16(0x3c00));
   for (int64_t i = 0; i < iterations; ++i) {
-    UNROLL for (__m512h& sum : sums) sum = _mm512_fmadd_ph(ones, ones, sum);
-    UNROLL for (__m512h& sum : sums) asm volatile("" : "+v"(sum));
+    UNROLL for (Halves& sum : sums) sum = Fma(ones, ones, sum);
+    UNROLL for (Halves& sum : sums) asm volatile("" : "+v"(sum.v));
   }
   return static_cast<double>(iterations) * kTileRows * kTileVecs * 2 * kWidth * 2;
 }
 
-constexpr Ops kOps = MakeOps(HalfGemm, HalfPeakLoop, true);
+void HalfAttend(const AttendArgs& args) {
+  args.type == NumberType::kFp16 ? AttendHalves(args) : Attend(args);
+}
+
+constexpr Ops MakeHalfOps() {
+  Ops ops = MakeOps(HalfGemm, HalfPeakLoop);
+  ops.takes_fp16 = true;
+  ops.round = HalfRound;
+  ops.attend = HalfAttend;
+  return ops;
+}
+constexpr Ops kOps = MakeHalfOps();
 
 }  // namespace
 

@@ -14,7 +14,7 @@ constexpr int kPanel = 16;
 float Weight(const MatrixView& w, int i, int col) {
   const size_t panel = static_cast<size_t>(col) / kPanel;
   const int column = col % kPanel;
-  if (w.type == WeightType::kFloat32)
+  if (w.type == NumberType::kFloat32)
     return static_cast<const float*>(w.data)[(panel * w.k + i) * kPanel + column];
   const size_t pair = (panel * (w.k / 2) + i / 2) * kPanel + column;
   return FromBf16(static_cast<const uint16_t*>(w.data)[pair * 2 + i % 2]);
@@ -27,14 +27,14 @@ void Gemm(const MatrixView& w, int num_cols, const float* a, size_t lda, int row
       float sum = w.bias[col];
       for (int i = 0; i < w.k; ++i) {
         const float x = a[r * lda + i];
-        sum += (w.type == WeightType::kFloat32 ? x : FromBf16(ToBf16(x))) * Weight(w, i, col);
+        sum += (w.type == NumberType::kFloat32 ? x : FromBf16(ToBf16(x))) * Weight(w, i, col);
       }
       c[r * ldc + col] = add ? c[r * ldc + col] + sum : sum;
     }
   }
 }
 
-void RoundNumbers(const float* x, size_t n, uint16_t* out) {
+void RoundNumbers(const float* x, size_t n, NumberType, uint16_t* out) {
   for (size_t i = 0; i < n; ++i) out[i] = ToBf16(x[i]);
 }
 
@@ -86,7 +86,7 @@ void AttendRow(const AttendArgs& args, int r, int head) {
 }
 
 void Attend(const AttendArgs& args) {
-  const auto attend = args.bf16 ? AttendRow<uint16_t> : AttendRow<float>;
+  const auto attend = args.type == NumberType::kFloat32 ? AttendRow<float> : AttendRow<uint16_t>;
   for (int r = 0; r < args.rows; ++r) {
     for (int head = 0; head < args.num_bundles; ++head) attend(args, r, head);
   }

@@ -1,5 +1,5 @@
 // Attention over the tree of prefixes, written once over a vector type and the type of keys and
-// values, float32 or bfloat16. Included by simd_ops.h.
+// values, float32 or bfloat16 (or float16, see fp16_attend.h). Included by simd_ops.h.
 //
 // No include guard and nothing but anonymous namespaces: each instruction set has its own copy.
 
@@ -12,7 +12,19 @@ namespace {
 // same order, and sums of values are put back into theirs.
 
 template <int kVecs, typename Key>
-inline constexpr bool kInPairs = sizeof(Key) == sizeof(uint16_t) && kVecs % 2 == 0;
+inline constexpr bool kInPairs = __is_same(Key, uint16_t) && kVecs % 2 == 0;
+
+// How keys and values are multiplied: as float32.
+template <typename Key>
+struct ArithmeticOf {
+  using Part = Vec;                   // of a key, with lanes for the same numbers of a query
+  static constexpr int kNumbers = 1;  // of a lane of Vec
+  static void StoreWeights(Vec weights, float* out) { weights.Store(out); }
+};
+template <typename Key>
+using PartOf = typename ArithmeticOf<Key>::Part;
+template <int kVecs, typename Key>
+inline constexpr int kPartsOf = kVecs / ArithmeticOf<Key>::kNumbers;
 
 template <int kVecs, typename Key>
 inline Vec LoadPart(const Key* x, int v) {
@@ -163,12 +175,12 @@ template <int kHeads, int kVecs, typename Key>
 inline void DotKeys(const float* q, float scale, const Key* keys, const uint32_t* path, int begin,
                     int len, float* scores, Prefetcher<kVecs, Key>& prefetcher) {
   constexpr int kLanes = kLanesOf<kHeads>;
-  Vec query[kVecs];
+  PartOf<Key> query[kPartsOf<kVecs, Key>];
   LoadQuery<kVecs, Key>(q, scale, query);
   // a vector of partial sums a key, then all of them reduced at once
   for (int j = begin; j < len; j += kLanes) {
     prefetcher.Ask(kLanes);
-    Vec partial[kLanes];
+    PartOf<Key> partial[kLanes];
     if (j + kLanes <= len) {
       UNROLL for (int i = 0; i < kLanes; ++i) {
         partial[i] = DotVecs<kVecs, Key>(query, keys + path[j + i]);
@@ -189,12 +201,12 @@ inline void DotSharedKeys(const float* q, size_t q_stride, float scale, const Ke
                           const uint32_t* path, int end, float* scores, size_t scores_size,
                           Prefetcher<kVecs, Key>& prefetcher) {
   constexpr int kLanes = kLanesOf<kHeads>;
-  Vec query0[kVecs], query1[kVecs];
+  PartOf<Key> query0[kPartsOf<kVecs, Key>], query1[kPartsOf<kVecs, Key>];
   LoadQuery<kVecs, Key>(q, scale, query0);
   LoadQuery<kVecs, Key>(q + (end > 0 ? q_stride : 0), scale, query1);
   for (int j = 0; j < end; j += kLanes) {
     prefetcher.Ask(kLanes);
-    Vec partial0[kLanes], partial1[kLanes];
+    PartOf<Key> partial0[kLanes], partial1[kLanes];
     UNROLL for (int i = 0; i < kLanes; ++i) {
       partial0[i] = DotVecs<kVecs, Key>(query0, keys + path[j + i]);
       partial1[i] = DotVecs<kVecs, Key>(query1, keys + path[j + i]);
@@ -215,7 +227,7 @@ inline Vec ExpScores(float* scores, int len, Prefetcher<kVecs, Key>& prefetcher)
   for (int j = 0; j < len; j += kLanes) {
     prefetcher.Ask(2);
     const Vec e = Exp(Vec::Load(scores + j * kHeads) - max);
-    e.Store(scores + j * kHeads);
+    ArithmeticOf<Key>::StoreWeights(e, scores + j * kHeads);
     sum = sum + e;
   }
   return Vec(1.0f) / SpreadSum<kHeads>(sum);
@@ -228,18 +240,29 @@ inline Vec ExpScores(float* scores, int len, Prefetcher<kVecs, Key>& prefetcher)
 constexpr int kValues = 4;  // a step
 template <int kVecs>
 inline constexpr int kPartOf = kVecs < kRegisters / 4 ? kVecs : kRegisters / 4;
-template <int kVecs>
+template <int kParts>
 inline constexpr int kChainsOf =
-    kRegisters / 4 / kVecs > kValues ? kValues : kRegisters / 4 / kVecs;
+    kRegisters / 4 / kParts > kValues ? kValues : kRegisters / 4 / kParts;
 
-template <int kVecs>
+template <int kVecs, typename Key>
 struct Chains {
-  static constexpr int kChains = kChainsOf<kVecs>;
-  Vec sums[kChains][kVecs];
+  static constexpr int kParts = kPartsOf<kVecs, Key>, kChains = kChainsOf<kParts>;
+  PartOf<Key> sums[kChains][kParts];
 };
 
 template <int kVecs, typename Key>
-inline void StoreTotal(const Chains<kVecs>& chains, Vec scale, float* out) {
+inline void Clear(Chains<kVecs, Key>& chains) {
+  UNROLL for (int c = 0; c < chains.kChains; ++c) {
+    UNROLL for (int v = 0; v < kVecs; ++v) chains.sums[c][v] = Vec(0.0f);
+  }
+}
+
+// Called when values [0, end) have been added, end a multiple of kValues.
+template <int kVecs, typename Key>
+inline void Settle(Chains<kVecs, Key>&, int) {}
+
+template <int kVecs, typename Key>
+inline void StoreTotal(const Chains<kVecs, Key>& chains, Vec scale, float* out) {
   Vec totals[kVecs];
   UNROLL for (int v = 0; v < kVecs; ++v) {
     totals[v] = chains.sums[0][v];
@@ -249,28 +272,32 @@ inline void StoreTotal(const Chains<kVecs>& chains, Vec scale, float* out) {
   StoreInOrder<kVecs, Key>(totals, out);
 }
 
-template <int kVecs, typename Key>
-inline void AddOne(Vec weight, const Key* value, Vec (&sums)[kVecs]) {
-  UNROLL for (int v = 0; v < kVecs; ++v) sums[v] = Fma(weight, LoadPart<kVecs>(value, v), sums[v]);
+template <int kHeads, int kVecs, typename Key>
+inline void AddOne(const float* weights, int i, const Key* value, Chains<kVecs, Key>& chains) {
+  auto& sums = chains.sums[i % chains.kChains];
+  const PartOf<Key> weight(SpreadWeight<kHeads>(weights, i));
+  UNROLL for (int v = 0; v < chains.kParts; ++v) {
+    sums[v] = Fma(weight, LoadPart<kVecs>(value, v), sums[v]);
+  }
 }
 
 // Chains of values [0, end), then of [end, len) too; end is a multiple of kValues. By value: sums
 // that live in a register may have no address.
 template <int kHeads, int kVecs, typename Key, typename Prefetch>
-inline Chains<kVecs> AddValues(Chains<kVecs> chains, const float* weights, const Key* values,
-                               const uint32_t* path, int end, int len, Prefetch& prefetcher) {
+inline Chains<kVecs, Key> AddValues(Chains<kVecs, Key> chains, const float* weights,
+                                    const Key* values, const uint32_t* path, int end, int len,
+                                    Prefetch& prefetcher) {
   int j = end;
   for (; j + kValues <= len; j += kValues) {
     prefetcher.Ask(kValues);
     UNROLL for (int i = 0; i < kValues; ++i) {
-      AddOne<kVecs, Key>(SpreadWeight<kHeads>(weights + j * kHeads, i), values + path[j + i],
-                         chains.sums[i % chains.kChains]);
+      AddOne<kHeads>(weights + j * kHeads, i, values + path[j + i], chains);
     }
+    Settle(chains, j + kValues);
   }
   UNROLL for (int i = 0; i < kValues - 1; ++i) {
     if (j + i >= len) break;
-    AddOne<kVecs, Key>(SpreadWeight<kHeads>(weights + j * kHeads, i), values + path[j + i],
-                       chains.sums[i % chains.kChains]);
+    AddOne<kHeads>(weights + j * kHeads, i, values + path[j + i], chains);
   }
   return chains;
 }
@@ -278,25 +305,26 @@ inline Chains<kVecs> AddValues(Chains<kVecs> chains, const float* weights, const
 // Of a row and the next one, values [0, end).
 template <int kHeads, int kVecs, typename Key, typename Prefetch>
 inline void AddSharedValues(const float* weights, size_t stride, const Key* values,
-                            const uint32_t* path, int end, Chains<kVecs>* out,
+                            const uint32_t* path, int end, Chains<kVecs, Key>* out,
                             Prefetch& prefetcher) {
-  Chains<kVecs> a, b;
-  UNROLL for (int c = 0; c < a.kChains; ++c) {
-    UNROLL for (int v = 0; v < kVecs; ++v) a.sums[c][v] = b.sums[c][v] = Vec(0.0f);
-  }
+  Chains<kVecs, Key> a, b;
+  Clear(a);
+  Clear(b);
   for (int j = 0; j < end; j += kValues) {
     prefetcher.Ask(kValues);
     UNROLL for (int i = 0; i < kValues; ++i) {
       const int c = i % a.kChains;
-      const Vec w0 = SpreadWeight<kHeads>(weights + j * kHeads, i);
-      const Vec w1 = SpreadWeight<kHeads>(weights + stride + j * kHeads, i);
+      const PartOf<Key> w0(SpreadWeight<kHeads>(weights + j * kHeads, i));
+      const PartOf<Key> w1(SpreadWeight<kHeads>(weights + stride + j * kHeads, i));
       const Key* value = values + path[j + i];
-      UNROLL for (int v = 0; v < kVecs; ++v) {
-        const Vec x = LoadPart<kVecs>(value, v);
+      UNROLL for (int v = 0; v < a.kParts; ++v) {
+        const PartOf<Key> x = LoadPart<kVecs>(value, v);
         a.sums[c][v] = Fma(w0, x, a.sums[c][v]);
         b.sums[c][v] = Fma(w1, x, b.sums[c][v]);
       }
     }
+    Settle(a, j + kValues);
+    Settle(b, j + kValues);
   }
   out[0] = a;
   out[1] = b;
@@ -341,14 +369,13 @@ inline void AttendBlock(const AttendArgs& args, const FreshNodes& fresh, int bun
   for (int i = 0; i < num_rows; i += 2) {
     asks_values.SkipTo(fresh_of(i));
     for (int part = 0; part < kVecs * kWidth; part += kPart * kWidth) {
-      Chains<kPart> chains[2];
-      AddSharedValues<kHeads, kPart, Key>(scores(i), args.scores_size, values + part, paths[i],
-                                          ends[i], chains, asks_values);
+      Chains<kPart, Key> chains[2];
+      AddSharedValues<kHeads, kPart>(scores(i), args.scores_size, values + part, paths[i], ends[i],
+                                     chains, asks_values);
       for (int row = i; row < i + 2 && row < num_rows; ++row) {
-        StoreTotal<kPart, Key>(
-            AddValues<kHeads, kPart, Key>(chains[row - i], scores(row), values + part, paths[row],
-                                          ends[i], lens[row], asks_values),
-            scales[row], out + row * args.out_stride + part);
+        StoreTotal(AddValues<kHeads, kPart>(chains[row - i], scores(row), values + part, paths[row],
+                                            ends[i], lens[row], asks_values),
+                   scales[row], out + row * args.out_stride + part);
       }
     }
   }
@@ -386,11 +413,10 @@ void AttendWide(const AttendArgs& args) {
       }
       const Vec scale = ExpScores<1>(args.scores, len, none);
       for (int i = 0; i < args.bundle_stride; i += kWidth) {
-        Chains<1> chains;
-        for (auto& sums : chains.sums) sums[0] = Vec(0.0f);
+        Chains<1, Key> chains;
+        Clear(chains);
         const Key* values = keys + args.bundle_size + i;
-        StoreTotal<1, Key>(AddValues<1, 1, Key>(chains, args.scores, values, path, 0, len, none),
-                           scale, out + i);
+        StoreTotal(AddValues<1>(chains, args.scores, values, path, 0, len, none), scale, out + i);
       }
     }
   }
@@ -414,7 +440,7 @@ void AttendKeys(const AttendArgs& args) {
 }
 
 void Attend(const AttendArgs& args) {
-  args.bf16 ? AttendKeys<uint16_t>(args) : AttendKeys<float>(args);
+  args.type == tt::NumberType::kFloat32 ? AttendKeys<float>(args) : AttendKeys<uint16_t>(args);
 }
 
 }  // namespace

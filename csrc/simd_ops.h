@@ -30,7 +30,8 @@ inline Vec LoadNumbers(const uint16_t* x) { return Vec::LoadBf16(x); }
 inline void StoreNumbers(Vec x, float* out) { x.Store(out); }
 inline void StoreNumbers(Vec x, uint16_t* out) { StoreBf16(x, out); }
 
-void RoundNumbers(const float* x, size_t n, uint16_t* out) {
+// To bfloat16.
+void RoundNumbers(const float* x, size_t n, tt::NumberType, uint16_t* out) {
   for (size_t i = 0; i < n; i += kWidth) StoreBf16(Vec::Load(x + i), out + i);
 }
 
@@ -263,7 +264,7 @@ inline void FloatGemm(const MatrixView& w, int num_cols, const float* a, size_t 
 // Weights in bfloat16 become float32 as they are loaded, so that only their memory is saved.
 inline void Gemm(const MatrixView& w, int num_cols, const float* a, size_t lda, int rows, float* c,
                  size_t ldc, bool add, void* scratch) {
-  if (w.type == tt::WeightType::kFloat32) return FloatGemm(w, num_cols, a, lda, rows, c, ldc, add);
+  if (w.type == tt::NumberType::kFloat32) return FloatGemm(w, num_cols, a, lda, rows, c, ldc, add);
   const size_t k = w.k;
   float* rounded = static_cast<float*>(scratch);
   for (int r = 0; r < rows; ++r) {
@@ -288,9 +289,8 @@ double PeakLoop(int64_t iterations, bool) {
   return static_cast<double>(iterations) * kTileRows * kTileVecs * kWidth * 2;
 }
 
-constexpr Ops MakeOps(decltype(Ops::gemm) gemm, decltype(Ops::peak_loop) peak_loop,
-                      bool takes_fp16 = false) {
-  return {kName,     kPanel,        kBundleHeads, takes_fp16,   gemm,          RoundNumbers,
+constexpr Ops MakeOps(decltype(Ops::gemm) gemm, decltype(Ops::peak_loop) peak_loop) {
+  return {kName,     kPanel,        kBundleHeads, false,        gemm,          RoundNumbers,
           LayerNorm, GeluRow,       Attend,       TrainForward, TrainBackward, TrainGelu,
           TrainNorm, TrainNormGrad, DrawKeep,     Softmax,      peak_loop};
 }

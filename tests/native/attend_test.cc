@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <cmath>
 
-#include "bfloat16.h"
 #include "check.h"
 #include "isa.h"
 #include "model.h"
@@ -17,7 +16,7 @@ constexpr float kGuard = 123.25f;  // in memory that must not be written
 
 struct AttendCase {
   int rows, num_heads, head_dim, num_nodes;
-  bool bf16;  // kv is rounded, and handed over as bfloat16
+  NumberType type;  // kv is rounded, and handed over like this
   HeadLayout layout;
   size_t width;
   std::vector<float> q, kv;
@@ -25,14 +24,14 @@ struct AttendCase {
   std::vector<int32_t> lens, shared;
 
   // A path is the first nodes of the row before it, up to all of them, then any others.
-  AttendCase(int num_heads, int head_dim, std::vector<int32_t> row_lens, double spread, bool bf16,
-             const Ops& ops)
+  AttendCase(int num_heads, int head_dim, std::vector<int32_t> row_lens, double spread,
+             NumberType type, const Ops& ops)
       : rows(static_cast<int>(row_lens.size())),
         num_heads(num_heads),
         head_dim(head_dim),
         num_nodes(*std::max_element(row_lens.begin(), row_lens.end()) + 9),
-        bf16(bf16),
-        layout(num_heads, head_dim, ops, bf16),
+        type(type),
+        layout(num_heads, head_dim, ops, type != NumberType::kFloat32),
         width(layout.width() + 7),
         lens(std::move(row_lens)) {
     Random random(num_heads * 100 + head_dim);
@@ -42,7 +41,8 @@ struct AttendCase {
     for (size_t i = 0; i < kv.size(); ++i) {
       const size_t bundle = i / (2 * bundle_size()), column = i % layout.stride;
       if (!is_used[bundle * layout.stride + column]) kv[i] = 0.0f;
-      if (bf16) kv[i] = RoundToBf16(kv[i]);
+      if (type == NumberType::kBf16) kv[i] = RoundToBf16(kv[i]);
+      if (type == NumberType::kFp16) kv[i] = static_cast<float>(RoundToFp16(kv[i]));
     }
     for (int r = 0; r < rows; ++r) {
       const int most = r == 0 ? 0 : std::min(lens[r], lens[r - 1]);
@@ -96,15 +96,15 @@ std::vector<float> RunAttend(const Ops& ops, const AttendCase& test, int begin, 
   const size_t scores_size = size_t(test.layout.heads) * RoundUp(longest, kPad);
   std::vector<float> scores(kScoreRows * scores_size), out((end - begin) * test.width, kGuard);
   std::vector<uint32_t> fresh((end - begin) * longest);
-  std::vector<uint16_t> halves(test.bf16 ? test.kv.size() : 0);
-  for (size_t i = 0; i < halves.size(); ++i) halves[i] = ToBf16(test.kv[i]);
+  std::vector<uint16_t> halves(test.type == NumberType::kFloat32 ? 0 : test.kv.size());
+  ops.round(test.kv.data(), halves.size(), test.type, halves.data());  // exact
   AttendArgs args{};
   args.rows = end - begin;
   args.q = &test.q[begin * test.width];
   args.q_stride = test.width;
   args.kv = test.kv.data();
-  if (test.bf16) args.kv = halves.data();
-  args.bf16 = test.bf16;
+  if (!halves.empty()) args.kv = halves.data();
+  args.type = test.type;
   args.bundle_size = test.bundle_size();
   args.paths = &paths[begin];
   args.lens = &test.lens[begin];
@@ -138,7 +138,12 @@ void CheckAttendHead(const AttendCase& test, const std::vector<float>& out, int 
   }
   const Doubles weights = Softmax(scores);
   // a weight's relative error is that of two scores' differences, of exp and of its sum
-  const double relative = kRounding * (2.0 * (test.head_dim + 6) * score_size + 2.0 * len + 16);
+  double relative = kRounding * (2.0 * (test.head_dim + 6) * score_size + 2.0 * len + 16);
+  // in float16 that of a query, 4 products that are added and 3 sums of these; then of the weight,
+  // of half of kFp16Values and of the sum of both halves
+  if (test.type == NumberType::kFp16) {
+    relative += std::expm1(2 * 8 * 0x1p-11 * score_size) + (kFp16Values / 2 + 2) * 0x1p-11;
+  }
   for (int i = 0; i < test.head_dim; ++i) {
     double want = 0.0, size = 0.0;
     for (int j = 0; j < len; ++j) {
@@ -147,13 +152,14 @@ void CheckAttendHead(const AttendCase& test, const std::vector<float>& out, int 
       size += std::abs(product);
     }
     const double got = out[row * test.width + test.layout.Column(head, i)];
-    CHECK_LE(std::abs(got - want), relative * size + len * kTiny * 100);
+    const double tiny = test.type == NumberType::kFp16 ? 0x1p-24 : kTiny * 100;
+    CHECK_LE(std::abs(got - want), relative * size + len * tiny);
   }
 }
 
 void CheckAttend(const Ops& ops, const AttendCase& test) {
   const Context context(Text(ops.name, "heads", test.num_heads, "width", test.head_dim, "rows",
-                             test.rows, "first len", test.lens[0], test.bf16 ? "bf16" : "fp32"));
+                             test.rows, "first len", test.lens[0], NameOf(test.type)));
   const std::vector<float> out = RunAttend(ops, test, 0, test.rows);
   const std::vector<bool> is_used = test.UsedColumns();
   for (int row = 0; row < test.rows; ++row) {
@@ -168,9 +174,11 @@ void CheckAttend(const Ops& ops, const AttendCase& test) {
 }
 
 void CheckTables(int num_heads, int head_dim, const std::vector<int32_t>& lens, double spread) {
-  for (bool bf16 : {false, true}) {
+  for (NumberType type : {NumberType::kFloat32, NumberType::kBf16, NumberType::kFp16}) {
     for (const Ops* ops : AvailableOps()) {
-      CheckAttend(*ops, AttendCase(num_heads, head_dim, lens, spread, bf16, *ops));
+      const AttendCase test(num_heads, head_dim, lens, spread, type, *ops);
+      const bool takes = type != NumberType::kFp16 || (ops->takes_fp16 && test.layout.heads > 1);
+      if (takes) CheckAttend(*ops, test);
     }
   }
 }

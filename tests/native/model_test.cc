@@ -90,12 +90,12 @@ TEST(PackedMatrixLayout) {
       for (int i = 0; i < kRows; ++i) packed.Set(i, col, number(i, col));
     }
     const MatrixView view = packed.view();
-    CHECK(view.k == kRows && view.n == kCols && (view.type == WeightType::kBf16) == bf16);
+    CHECK(view.k == kRows && view.n == kCols && (view.type == NumberType::kBf16) == bf16);
     const MatrixView part = packed.view(2 * kPanel);
     const size_t begin = static_cast<const char*>(part.data) - static_cast<const char*>(view.data);
     CHECK_EQ(begin, 2 * kPanel * kRows * (bf16 ? sizeof(uint16_t) : sizeof(float)));
     CHECK(part.k == kRows && part.n == kCols - 2 * kPanel &&
-          (part.type == WeightType::kBf16) == bf16);
+          (part.type == NumberType::kBf16) == bf16);
     CHECK_EQ(part.bias[1], 2.0f * kPanel + 1.0f);
     for (int col = 0; col < kCols; ++col) {
       CHECK_EQ(view.bias[col], static_cast<float>(col));
@@ -151,7 +151,7 @@ TEST(PackedMatrixInFp16) {
   CHECK_LE(std::abs(packed.BoundOutput(7.0, kCols - 1, kCols) - (7.0 * norm + 3.0)), 1e-9);
   CHECK(packed.TryFp16(1.0));
   const MatrixView view = packed.view();
-  CHECK(view.type == WeightType::kFp16 && view.bias[1] == 3.0f);
+  CHECK(view.type == NumberType::kFp16 && view.bias[1] == 3.0f);
   for (int col = 0; col < kCols; ++col) {
     const int panel = col / kPanel, place = col % kPanel / 2 + col % 2 * (kPanel / 2);
     for (int i = 0; i < kRows; ++i) {
@@ -162,7 +162,7 @@ TEST(PackedMatrixInFp16) {
   const auto fits = [&](float scale, double input) {
     PackedMatrix other = pack(scale);
     const bool fit = other.TryFp16(input);
-    CHECK((other.view().type == WeightType::kFp16) == fit);
+    CHECK((other.view().type == NumberType::kFp16) == fit);
     return fit;
   };
   CHECK(fits(1.0f, 0x1p12) && !fits(1.0f, 0x1p14));  // the sum
@@ -174,9 +174,9 @@ TEST(PackedMatrixInFp16) {
 
 // Where it is the faster way, and where numbers may become too large for it.
 TEST(ModelUsesFp16WhereItFits) {
-  class LargeGamma : public RandomWeights {
+  class LargeWeights : public RandomWeights {
    public:
-    explicit LargeGamma(std::string name) : RandomWeights(0), name_(std::move(name)) {}
+    explicit LargeWeights(std::string name) : RandomWeights(0), name_(std::move(name)) {}
     const float* Get(const std::string& name, size_t size) const override {
       const float* values = RandomWeights::Get(name, size);
       if (name != name_) return values;
@@ -189,31 +189,36 @@ TEST(ModelUsesFp16WhereItFits) {
     std::string name_;
     mutable std::vector<float> large_;
   };
-  const Shape shape = SmallShapes()[0];
+  const Shape shape = SmallShapes()[4];  // with bundles of heads
   for (const Ops* ops : AvailableOps()) {
-    const Context context(ops->name);
-    const auto type = ops->takes_fp16 ? WeightType::kFp16 : WeightType::kBf16;
-    const auto check = [&](const std::string& name, const Layer& layer, bool kvq, bool proj,
-                           bool up, bool down) {
-      const Context gamma(name);
-      const auto is = [&](const PackedMatrix& matrix, bool fits) {
-        CHECK(matrix.view().type == (fits ? type : WeightType::kBf16));
+    const auto check = [&](const std::string& large, bool first, bool second, bool last) {
+      const Context context(Text(ops->name, large));
+      const Model model(shape, LargeWeights(large), *ops, true);
+      const auto is = [&](NumberType type, bool fits) {
+        CHECK(type == (fits && ops->takes_fp16 ? NumberType::kFp16 : NumberType::kBf16));
       };
-      is(layer.kvq, kvq);
-      is(layer.proj, proj);
-      is(layer.up, up);
-      is(layer.down, down);
+      const auto is_layer = [&](const Layer& layer, bool attention, bool mlp) {
+        is(layer.kvq.view().type, attention);
+        is(layer.key_type, attention);
+        is(layer.proj.view().type, attention);
+        is(layer.up.view().type, mlp);
+        is(layer.down.view().type, mlp);
+      };
+      is_layer(model.layers[0], true, true);
+      is_layer(model.layers[1], first, second);
+      for (const PackedMatrix& head : model.heads) is(head.view().type, last);
     };
-    for (const char* name : {"none", "blocks.1.ln1.weight", "blocks.1.ln2.weight", "ln_f.weight"}) {
-      const Model model(shape, LargeGamma(name), *ops, true);
-      const bool first = model.layers[1].ln1_gamma[0] < 1e3f,
-                 second = model.layers[1].ln2_gamma[0] < 1e3f, last = model.lnf_gamma[0] < 1e3f;
-      check(name, model.layers[0], true, true, true, true);
-      check(name, model.layers[1], first, first, second, second);
-      CHECK(model.heads[0].view().type == (last ? type : WeightType::kBf16));
-    }
-    CHECK(Model(shape, RandomWeights(0), *ops, false).heads[0].view().type == WeightType::kFloat32);
+    check("none", true, true, true);
+    check("blocks.1.ln1.weight", false, true, true);
+    check("blocks.1.ln2.weight", true, false, true);
+    check("ln_f.bias", true, true, false);
+    const Model exact(shape, RandomWeights(0), *ops, false);
+    CHECK(exact.heads[0].view().type == NumberType::kFloat32);
+    CHECK(exact.layers[0].key_type == NumberType::kFloat32);
   }
+  // attention takes float16 by bundles only
+  const Model one_head(SmallShapes()[3], RandomWeights(0), FindOps("auto"), true);
+  CHECK(one_head.layers[0].key_type == NumberType::kBf16);
 }
 
 TEST(EmbeddingRows) {

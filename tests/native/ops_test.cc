@@ -21,18 +21,14 @@ constexpr float kGuard = 123.25f;  // in memory that must not be written
 
 // ---- matrix product ----
 
-const char* NameOf(WeightType type) {
-  return type == WeightType::kFloat32 ? "fp32" : type == WeightType::kBf16 ? "bf16" : "fp16";
-}
-
 // c = a w + bias of up to kMaxRows rows.
 struct GemmCase {
   int k, n, num_cols;
-  WeightType type;
+  NumberType type;
   std::vector<float> a, weight, bias, old;  // (kMaxRows, k) (k, n) (n) (kMaxRows, n)
   Doubles sum, magnitude;                   // (kMaxRows, num_cols)
 
-  GemmCase(int k, int n, int num_cols, WeightType type)
+  GemmCase(int k, int n, int num_cols, NumberType type)
       : k(k), n(n), num_cols(num_cols), type(type) {
     Random random(k * 1000 + n);
     a = random.Normals(size_t{kMaxRows} * k);
@@ -51,7 +47,7 @@ struct GemmCase {
       const double x = Rounded(a[size_t(r) * k + i]);
       const double product = x * RoundedWeight(weight[size_t(i) * n + col]);
       size += std::abs(product);
-      if (type != WeightType::kFp16) {
+      if (type != NumberType::kFp16) {
         total += product;
         continue;
       }
@@ -65,21 +61,21 @@ struct GemmCase {
   }
 
   double Rounded(float x) const {
-    if (type == WeightType::kFp16) return RoundToFp16(x);
-    return type == WeightType::kBf16 ? RoundToBf16(x) : x;
+    if (type == NumberType::kFp16) return RoundToFp16(x);
+    return type == NumberType::kBf16 ? RoundToBf16(x) : x;
   }
 
   double RoundedWeight(float x) const {
-    return Rounded(type == WeightType::kFp16 ? RoundToBf16(x) : x);
+    return Rounded(type == NumberType::kFp16 ? RoundToBf16(x) : x);
   }
 
   PackedMatrix Pack(const Ops& ops) const {
-    PackedMatrix packed(k, n, ops.panel_width, type != WeightType::kFloat32);
+    PackedMatrix packed(k, n, ops.panel_width, type != NumberType::kFloat32);
     for (int col = 0; col < n; ++col) {
       packed.SetBias(col, bias[col]);
       for (int i = 0; i < k; ++i) packed.Set(i, col, weight[size_t(i) * n + col]);
     }
-    if (type == WeightType::kFp16) CHECK(packed.TryFp16(std::sqrt(2.0 * k)));
+    if (type == NumberType::kFp16) CHECK(packed.TryFp16(std::sqrt(2.0 * k)));
     return packed;
   }
 };
@@ -99,7 +95,7 @@ void CheckGemm(const Ops& ops, const GemmCase& test, const PackedMatrix& packed,
       c[r * ldc + col] = test.old[r * test.n + col];
     }
   }
-  std::vector<float> scratch(test.type == WeightType::kFloat32 ? 0 : size_t(rows) * k);
+  std::vector<float> scratch(test.type == NumberType::kFloat32 ? 0 : size_t(rows) * k);
   ops.gemm(packed.view(), test.num_cols, a.data(), lda, rows, c.data(), ldc, add, scratch.data());
   double worst = 0.0;  // error as a part of its bound
   for (int r = 0; r < rows; ++r) {
@@ -116,10 +112,10 @@ void CheckGemm(const Ops& ops, const GemmCase& test, const PackedMatrix& packed,
   for (size_t i = size_t(rows) * ldc; i < c.size(); ++i) CHECK_EQ(c[i], kGuard);
 }
 
-void CheckGemmCase(int k, int n, int num_cols, WeightType type) {
+void CheckGemmCase(int k, int n, int num_cols, NumberType type) {
   const GemmCase test(k, n, num_cols, type);
   for (const Ops* ops : AvailableOps()) {
-    if (type == WeightType::kFp16 && !ops->takes_fp16) continue;
+    if (type == NumberType::kFp16 && !ops->takes_fp16) continue;
     const PackedMatrix packed = test.Pack(*ops);
     for (bool add : {false, true}) {
       for (int rows = 1; rows <= 13; ++rows) CheckGemm(*ops, test, packed, rows, add);
@@ -192,7 +188,7 @@ void CheckSoftmax(const Ops& ops, int n, double spread, bool in_place, double sh
 }  // namespace
 
 TEST(GemmAllTypes) {
-  for (WeightType type : {WeightType::kFloat32, WeightType::kBf16, WeightType::kFp16}) {
+  for (NumberType type : {NumberType::kFloat32, NumberType::kBf16, NumberType::kFp16}) {
     CheckGemmCase(32, 32, 32, type);
     CheckGemmCase(64, 96, 96, type);
     CheckGemmCase(96, 160, 64, type);  // only some of the columns
@@ -204,7 +200,7 @@ TEST(GemmAllTypes) {
 // them.
 TEST(GemmFp16IsNoWorseThanBf16) {
   constexpr int kRows = 512, kCols = 32;
-  const GemmCase exact(kRows, kCols, kCols, WeightType::kFp16);
+  const GemmCase exact(kRows, kCols, kCols, NumberType::kFp16);
   double ours = 0.0, theirs = 0.0;
   for (int r = 0; r < kMaxRows; ++r) {
     for (int col = 0; col < kCols; ++col) {
@@ -238,7 +234,7 @@ TEST(NumbersAreRoundedToNearestEven) {
     std::vector<float> scratch(32);
     std::vector<uint16_t> rounded(32);
     ops->gemm(ones.view(), 32, a.data(), 32, 1, c.data(), 32, false, scratch.data());
-    ops->round(a.data(), 32, rounded.data());
+    ops->round(a.data(), 32, NumberType::kBf16, rounded.data());
     for (int i = 0; i < 32; ++i) {
       CHECK_EQ(c[i], RoundToBf16(a[i]));
       CHECK_EQ(FromBf16(rounded[i]), RoundToBf16(a[i]));

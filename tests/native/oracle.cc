@@ -116,6 +116,10 @@ class Transformer {
 
 }  // namespace
 
+const char* NameOf(NumberType type) {
+  return type == NumberType::kFloat32 ? "fp32" : type == NumberType::kBf16 ? "bf16" : "fp16";
+}
+
 float RoundToBf16(float x) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
   const uint32_t rest = bits & 0xffff, half = 0x8000;

@@ -16,6 +16,7 @@ inline constexpr double kRounding = 0x1p-24;
 // Smallest normal float; some tables return zero below it.
 inline constexpr double kTiny = 0x1p-126;
 
+const char* NameOf(NumberType type);
 // Nearest bfloat16, ties to even.
 float RoundToBf16(float x);
 // Nearest float16 in its range, ties to even.

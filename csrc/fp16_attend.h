@@ -1,0 +1,108 @@
+// Attention over keys and values in float16: what simd_attend.h leaves open for other types than
+// float32. Include it after simd_ops.h and the definition of `Half`, a number, and `Halves`, a
+// vector of twice kWidth of them. Bundles of heads only.
+//
+// A score is summed in float16. So are weighted values, kSettled of them; sums of these are
+// float32, as are exponentials. No include guard, like simd_ops.h.
+
+namespace {
+
+// A lane of Vec holds two numbers of a key, or a weight twice.
+template <>
+struct ArithmeticOf<Half> {
+  using Part = Halves;
+  static constexpr int kNumbers = 2;
+  static void StoreWeights(Vec weights, float* out) {
+    const __m512i lower = _mm512_cvtepu16_epi32(RoundToHalves(weights));
+    _mm512_storeu_si512(out, _mm512_or_si512(lower, _mm512_slli_epi32(lower, 16)));
+  }
+};
+
+template <int kVecs, typename Key>
+inline void LoadQuery(const float* q, float scale, Halves (&query)[kVecs / 2]) {
+  UNROLL for (int v = 0; v < kVecs / 2; ++v) {
+    const float* numbers = q + v * 2 * kWidth;
+    query[v] = Halves(Vec::Load(numbers) * Vec(scale), Vec::Load(numbers + kWidth) * Vec(scale));
+  }
+}
+
+template <int kVecs>
+inline Halves LoadPart(const Half* x, int v) {
+  return Halves::Load(x + v * 2 * kWidth);
+}
+
+template <int kVecs, typename Key>
+inline Halves DotVecs(const Halves (&q)[kVecs / 2], const Half* key) {
+  Halves sum = q[0] * LoadPart<kVecs>(key, 0);
+  UNROLL for (int v = 1; v < kVecs / 2; ++v) sum = Fma(q[v], LoadPart<kVecs>(key, v), sum);
+  return sum;
+}
+
+// Of each 128 bits, the lower 64 are of a, the upper of b: as SumQuarters of float32.
+inline __m512 AddQuarters(Halves a, Halves b) {
+  const __m512d x = (__m512d)a.v, y = (__m512d)b.v;
+  const Halves blended((__m512h)_mm512_mask_blend_pd(0xAA, x, y));
+  return (__m512)(blended + Halves((__m512h)_mm512_shuffle_pd(x, y, 0x55))).v;
+}
+
+// Lane 4 h + i is the sum of the eight numbers 8 h and up of p[i].
+inline Vec SumEach(const Halves (&p)[4]) {
+  const __m512 a = AddQuarters(p[0], p[1]), b = AddQuarters(p[2], p[3]);
+  const Halves even((__m512h)_mm512_shuffle_ps(a, b, 0x88));
+  const Halves pairs = even + Halves((__m512h)_mm512_shuffle_ps(a, b, 0xDD));
+  const Halves sums = pairs + Halves((__m512h)_mm512_srli_epi32((__m512i)pairs.v, 16));
+  return ToFloats(_mm512_cvtepi32_epi16((__m512i)sums.v));
+}
+
+// Values that are summed in float16, half of them in each chain.
+constexpr int kSettled = tt::kFp16Values;
+
+template <int kVecs>
+struct Chains<kVecs, Half> {
+  static constexpr int kParts = kVecs / 2, kChains = 2;
+  Halves sums[kChains][kParts];
+  Vec totals[kVecs];
+};
+
+template <int kVecs>
+inline void ClearHalves(Chains<kVecs, Half>& chains) {
+  UNROLL for (int v = 0; v < kVecs; ++v) chains.sums[v % 2][v / 2] = Halves(Vec(0.0f));
+}
+
+template <int kVecs>
+inline void Clear(Chains<kVecs, Half>& chains) {
+  ClearHalves(chains);
+  UNROLL for (Vec& total : chains.totals) total = Vec(0.0f);
+}
+
+template <int kVecs>
+inline void AddHalves(Chains<kVecs, Half>& chains) {
+  UNROLL for (int v = 0; v < kVecs / 2; ++v) {
+    const Halves sum = chains.sums[0][v] + chains.sums[1][v];
+    chains.totals[2 * v] = chains.totals[2 * v] + sum.Lower();
+    chains.totals[2 * v + 1] = chains.totals[2 * v + 1] + sum.Upper();
+  }
+}
+
+template <int kVecs>
+inline void Settle(Chains<kVecs, Half>& chains, int end) {
+  if (end % kSettled != 0) return;
+  AddHalves(chains);
+  ClearHalves(chains);
+}
+
+template <int kVecs>
+inline void StoreTotal(Chains<kVecs, Half> chains, Vec scale, float* out) {
+  AddHalves(chains);
+  const Vec lower = ZipLower(scale, scale), upper = ZipUpper(scale, scale);  // two lanes for one
+  UNROLL for (int v = 0; v < kVecs; ++v) {
+    (chains.totals[v] * (v % 2 == 0 ? lower : upper)).Store(out + v * kWidth);
+  }
+}
+
+void AttendHalves(const AttendArgs& args) {
+  if (args.bundle_stride == 4 * kWidth) return AttendBundles<kBundleHeads, 4, Half>(args);
+  AttendBundles<kBundleHeads, 8, Half>(args);
+}
+
+}  // namespace
