@@ -96,8 +96,7 @@ class Decoder {
   ThreadPool& pool_;
   const Pass* pass_ = nullptr;
   size_t max_nodes_ = 0;
-  // a layer: (num_bundles, 2, max_nodes, stride) of HeadLayout, float32, or bfloat16 if the weights
-  // are
+  // a layer: (num_bundles, 2, max_nodes, stride) of HeadLayout, numbers of Layer::key_type
   std::vector<AlignedBuffer<std::byte>> kv_;
   FirstLayer first_;
   AlignedBuffer<float> h_;        // (rows, width) residual stream

@@ -20,6 +20,14 @@ inline uint16_t ToFp16(float x) {
   return static_cast<uint16_t>(sign | (bits + 0xfff + (bits >> 13 & 1)) >> 13);
 }
 
+inline float FromFp16(uint16_t x) {
+  const int exponent = x >> 10 & 0x1f, mantissa = x & 0x3ff;
+  const float size = exponent == 0
+                         ? std::ldexp(static_cast<float>(mantissa), -24)
+                         : std::ldexp(static_cast<float>(mantissa + 0x400), exponent - 25);
+  return (x & 0x8000) != 0 ? -size : size;
+}
+
 }  // namespace tt
 
 #endif  // TT_FLOAT16_H_

@@ -1,6 +1,6 @@
-// Attention over keys and values in float16: what simd_attend.h leaves open for other types than
-// float32. Include it after simd_ops.h and the definition of `Half`, a number, and `Halves`, a
-// vector of twice kWidth of them. Bundles of heads only.
+// Attention over keys and values in float16 with AVX-512, bundles of several heads only: what
+// simd_attend.h leaves open for other arithmetic than float32. Included by ops_avx512_fp16.cc,
+// after `Half`, a number, and `Halves`, a vector of twice kWidth of them.
 //
 // A score is summed in float16. So are weighted values, kSettled of them; sums of these are
 // float32, as are exponentials. No include guard, like simd_ops.h.
@@ -16,6 +16,7 @@ struct ArithmeticOf<Half> {
     const __m512i lower = _mm512_cvtepu16_epi32(RoundToHalves(weights));
     _mm512_storeu_si512(out, _mm512_or_si512(lower, _mm512_slli_epi32(lower, 16)));
   }
+  static Halves AsPart(Vec weight) { return Halves::FromBits(weight); }
 };
 
 template <int kVecs, typename Key>
@@ -66,7 +67,7 @@ struct Chains<kVecs, Half> {
 
 template <int kVecs>
 inline void ClearHalves(Chains<kVecs, Half>& chains) {
-  UNROLL for (int v = 0; v < kVecs; ++v) chains.sums[v % 2][v / 2] = Halves(Vec(0.0f));
+  UNROLL for (int v = 0; v < kVecs; ++v) chains.sums[v % 2][v / 2] = Halves::Zero();
 }
 
 template <int kVecs>

@@ -1,6 +1,7 @@
 #include "model.h"
 
 #include <algorithm>
+#include <cassert>
 #include <cmath>
 #include <stdexcept>
 #include <utility>
@@ -112,7 +113,8 @@ class Packer {
 };
 
 // Whether float16 does for numbers with these bounds. It ends at 2^16, which leaves room for
-// roundings, and has all its digits from 2^-14 on.
+// roundings. It has all its digits from 2^-14 on; that is a rule of thumb, as numbers may be far
+// below their bounds.
 bool FitFp16(std::initializer_list<double> bounds) {
   return std::all_of(bounds.begin(), bounds.end(),
                      [](double bound) { return bound >= 0x1p-6 && bound <= 0x1p15; });
@@ -196,6 +198,7 @@ void PackedMatrix::Set(int i, int col, float value) {
 }
 
 float PackedMatrix::At(int i, int col) const {
+  assert(type_ != NumberType::kFp16);
   const size_t index = Index(type_, i, col);
   return type_ == NumberType::kFloat32 ? float_data_[index] : FromBf16(half_data_[index]);
 }
@@ -216,18 +219,22 @@ double PackedMatrix::BoundOutput(double input_bound, int first, int last) const 
 }
 
 bool PackedMatrix::TryFp16(double input_bound) {
+  assert(type_ == NumberType::kBf16);
   double weight_bound = 0.0;
   for (int col = 0; col < n_; ++col) weight_bound = std::max(weight_bound, ColumnNorm(col));
   // no part of a sum is larger than the product of the two norms
   if (!FitFp16({input_bound, weight_bound, input_bound * weight_bound})) return false;
-  const AlignedBuffer<uint16_t> weights = std::move(half_data_);
-  half_data_ = AlignedBuffer<uint16_t>(weights.size());
+  AlignedBuffer<uint16_t> rounded(half_data_.size());
   for (int col = 0; col < n_; ++col) {
+    double squares = 0.0;  // of what the column loses
     for (int i = 0; i < k_; ++i) {
-      const float weight = FromBf16(weights[Index(NumberType::kBf16, i, col)]);
-      half_data_[Index(NumberType::kFp16, i, col)] = ToFp16(weight);
+      const uint16_t half = ToFp16(At(i, col));
+      squares += std::pow(double{At(i, col)} - FromFp16(half), 2);
+      rounded[Index(NumberType::kFp16, i, col)] = half;
     }
+    if (!(std::sqrt(squares) <= 0x1p-9 * ColumnNorm(col))) return false;  // or is no number
   }
+  half_data_ = std::move(rounded);
   type_ = NumberType::kFp16;
   return true;
 }
@@ -284,7 +291,8 @@ void Model::UseFp16() {
     const double values = layer.kvq.BoundOutput(first, attn, 2 * attn);
     const double queries =
         layer.kvq.BoundOutput(first, 2 * attn, 3 * attn) / std::sqrt(double(shape.head_dim()));
-    if (head_layout.heads > 1 && FitFp16({keys, queries, keys * queries, kFp16Values * values})) {
+    if (head_layout.heads > 1 &&
+        FitFp16({keys, queries, keys * queries, values, kFp16Values * values})) {
       layer.key_type = NumberType::kFp16;
     }
     const double hidden = layer.up.BoundOutput(second, 0, shape.hidden_width());

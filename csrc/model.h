@@ -46,7 +46,8 @@ struct Shape {
 // Where the numbers of heads lie in keys, values and queries. A bundle is one head, its numbers in
 // order; or it is Ops::bundle_heads of them, if they divide so and are not too wide. Then it has
 // kBundleNumbers of each of its heads in turn: a vector's products belong to several heads, and a
-// key's sum is within four lanes. In bfloat16 two such vectors lie zipped, as they are loaded.
+// key's sum is within four lanes. Numbers of 16 bits lie in two such vectors zipped, as they are
+// loaded.
 struct HeadLayout {
   HeadLayout(int num_heads, int head_dim, const Ops& ops, bool bf16);
 
@@ -72,8 +73,8 @@ class PackedMatrix {
 
   // Bounds are of Euclidean norms, of every input row and of what columns [first, last) make of it.
   double BoundOutput(double input_bound, int first, int last) const;
-  // From bfloat16, if every number and every sum then is in float16's range, and none that counts
-  // is so small that it has fewer digits there. Says whether; nothing is set after it.
+  // From bfloat16, once: says whether every number and every sum is in float16's range, and columns
+  // lose less than they may have lost to bfloat16. If so, nothing else but views comes after it.
   bool TryFp16(double input_bound);
 
   // Columns from this one on, the first of a panel.
@@ -105,7 +106,7 @@ struct Layer {
   PackedMatrix kvq;                                               // (width, 3 attn_width)
   PackedMatrix proj;                                              // (attn_width, width)
   PackedMatrix up, down;                                          // the MLP
-  NumberType key_type;                                            // and of values
+  NumberType key_type;  // and of values; float16 or not by bounds of its own
 };
 
 // Weights by their PyTorch names, contiguous float32 in PyTorch's layout.
@@ -130,7 +131,7 @@ struct Model {
   std::vector<Layer> layers;
   std::vector<PackedMatrix> heads;  // one a dimension, (width, logits_width)
 
-  // Bytes of a number that is kept of a node: keys and values have the type of the weights.
+  // Bytes of a number that is kept of a node, see Layer::key_type.
   size_t key_bytes() const { return bf16 ? sizeof(uint16_t) : sizeof(float); }
   // Row of `embedding` of a token, or of a goal's token.
   int EmbeddingRow(int token, int dim) const;

@@ -31,8 +31,8 @@ constexpr int RoundUp(int n, int multiple) { return (n + multiple - 1) / multipl
 enum class NumberType {
   kFloat32,
   kBf16,  // sums are float32
-  // Weights that are bfloat16, as float16: that loses nothing of what is large enough to count.
-  // Sums of kFp16Sum products are float16, sums of these are float32.
+  // Weights that are bfloat16, as float16, which is exact from 2^-17 on. Sums of kFp16Sum products
+  // are float16, sums of these are float32.
   kFp16,
 };
 
@@ -62,7 +62,7 @@ struct AttendArgs {
   size_t q_stride;
   // (num_bundles, 2, bundle_size): of each bundle all nodes' keys, then their values. (A node's two
   // beside each other would leave half of the first cache's sets to each.) Arithmetic is float32,
-  // but for float16: see fp16_attend.h.
+  // but for float16, which takes bundles of several heads: see fp16_attend.h.
   const void* kv;
   NumberType type;
   size_t bundle_size;
@@ -172,13 +172,13 @@ struct Ops {
   const char* name;
   int panel_width;
   int bundle_heads;  // that `attend` takes at once, if a model's heads suit it
-  bool takes_fp16;   // `gemm`, and multiplies kFp16 faster than kBf16
+  bool takes_fp16;   // kFp16, faster than kBf16: `gemm`, `round`, and `attend` in bundles
   // c (rows, num_cols) = a (rows, k) w + bias, or += with `add`; num_cols counts whole panels.
   // scratch: (rows, k) of four bytes, for inputs rounded; unused if w is float32.
   void (*gemm)(const MatrixView& w, int num_cols, const float* a, size_t lda, int rows, float* c,
                size_t ldc, bool add, void* scratch);
-  // out (n) bfloat16 or float16, the nearest to x, ties to even (bfloat16's subnormal numbers may
-  // become zero); n a multiple of kHeadPad.
+  // out (n) bfloat16, or float16 with takes_fp16: the nearest to x, ties to even (bfloat16's
+  // subnormal numbers may become zero); n a multiple of kHeadPad.
   void (*round)(const float* x, size_t n, NumberType type, uint16_t* out);
   // out (padded) = normalised x (width) * gamma + beta, zero in the padding.
   void (*layer_norm)(const float* x, const float* gamma, const float* beta, int width, float* out);

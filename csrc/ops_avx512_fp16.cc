@@ -28,7 +28,9 @@ struct Halves {
 
   Halves() = default;
   explicit Halves(__m512h x) : v(x) {}
-  explicit Halves(Vec bits) : v((__m512h)bits.v) {}
+  // A lane of Vec becomes a pair.
+  static Halves FromBits(Vec x) { return Halves((__m512h)x.v); }
+  static Halves Zero() { return Halves(_mm512_setzero_ph()); }
   Halves(Vec lower, Vec upper)
       : v((__m512h)_mm512_inserti64x4(_mm512_castsi256_si512(RoundToHalves(lower)),
                                       RoundToHalves(upper), 1)) {}
@@ -73,7 +75,7 @@ struct Tile<kRows, Half, Half> {
   static inline void AddSums(const Half* a, size_t lda, const Half* w, const char* next, int begin,
                              int end, const float* bias, float* c, size_t ldc, bool add) {
     Halves sums[kRows][kTileVecs];
-    UNROLL for (int r = 0; r < kRows; ++r) sums[r][0] = sums[r][1] = Halves(Vec(0.0f));
+    UNROLL for (int r = 0; r < kRows; ++r) sums[r][0] = sums[r][1] = Halves::Zero();
     for (int i = begin; i < end; i += 2) {
       __builtin_prefetch(next + i * kLine / 2, 0, 2);
       const Half* pairs = w + i * kPanel;
@@ -126,7 +128,7 @@ void HalfGemm(const MatrixView& w, int num_cols, const float* a, size_t lda, int
 double HalfPeakLoop(int64_t iterations, bool bf16) {
   if (!bf16) return PeakLoop(iterations, false);
   Halves sums[kTileRows * kTileVecs];
-  UNROLL for (Halves& sum : sums) sum = Halves(Vec(0.0f));
+  UNROLL for (Halves& sum : sums) sum = Halves::Zero();
   const Halves ones((__m512h)_mm512_set1_epi16(0x3c00));
   for (int64_t i = 0; i < iterations; ++i) {
     UNROLL for (Halves& sum : sums) sum = Fma(ones, ones, sum);

@@ -1,5 +1,5 @@
 // Attention over the tree of prefixes, written once over a vector type and the type of keys and
-// values, float32 or bfloat16 (or float16, see fp16_attend.h). Included by simd_ops.h.
+// values, float32 or bfloat16; float16 is in fp16_attend.h. Included by simd_ops.h.
 //
 // No include guard and nothing but anonymous namespaces: each instruction set has its own copy.
 
@@ -20,6 +20,7 @@ struct ArithmeticOf {
   using Part = Vec;                   // of a key, with lanes for the same numbers of a query
   static constexpr int kNumbers = 1;  // of a lane of Vec
   static void StoreWeights(Vec weights, float* out) { weights.Store(out); }
+  static Vec AsPart(Vec weight) { return weight; }
 };
 template <typename Key>
 using PartOf = typename ArithmeticOf<Key>::Part;
@@ -253,7 +254,7 @@ struct Chains {
 template <int kVecs, typename Key>
 inline void Clear(Chains<kVecs, Key>& chains) {
   UNROLL for (int c = 0; c < chains.kChains; ++c) {
-    UNROLL for (int v = 0; v < kVecs; ++v) chains.sums[c][v] = Vec(0.0f);
+    UNROLL for (int v = 0; v < chains.kParts; ++v) chains.sums[c][v] = Vec(0.0f);
   }
 }
 
@@ -275,7 +276,7 @@ inline void StoreTotal(const Chains<kVecs, Key>& chains, Vec scale, float* out) 
 template <int kHeads, int kVecs, typename Key>
 inline void AddOne(const float* weights, int i, const Key* value, Chains<kVecs, Key>& chains) {
   auto& sums = chains.sums[i % chains.kChains];
-  const PartOf<Key> weight(SpreadWeight<kHeads>(weights, i));
+  const auto weight = ArithmeticOf<Key>::AsPart(SpreadWeight<kHeads>(weights, i));
   UNROLL for (int v = 0; v < chains.kParts; ++v) {
     sums[v] = Fma(weight, LoadPart<kVecs>(value, v), sums[v]);
   }
@@ -314,8 +315,9 @@ inline void AddSharedValues(const float* weights, size_t stride, const Key* valu
     prefetcher.Ask(kValues);
     UNROLL for (int i = 0; i < kValues; ++i) {
       const int c = i % a.kChains;
-      const PartOf<Key> w0(SpreadWeight<kHeads>(weights + j * kHeads, i));
-      const PartOf<Key> w1(SpreadWeight<kHeads>(weights + stride + j * kHeads, i));
+      const float* both = weights + j * kHeads;
+      const auto w0 = ArithmeticOf<Key>::AsPart(SpreadWeight<kHeads>(both, i));
+      const auto w1 = ArithmeticOf<Key>::AsPart(SpreadWeight<kHeads>(both + stride, i));
       const Key* value = values + path[j + i];
       UNROLL for (int v = 0; v < a.kParts; ++v) {
         const PartOf<Key> x = LoadPart<kVecs>(value, v);

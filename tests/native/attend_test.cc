@@ -157,6 +157,46 @@ void CheckAttendHead(const AttendCase& test, const std::vector<float>& out, int 
   }
 }
 
+// A head's output, exact but for keys and values, which are rounded first.
+template <typename Round>
+Doubles HeadOf(const AttendCase& test, int row, int head, Round round) {
+  Doubles scores, out(test.head_dim);
+  for (int j = 0; j < test.lens[row]; ++j) {
+    double dot = 0.0;
+    for (int i = 0; i < test.head_dim; ++i) {
+      dot += test.Query(row, head, i) * round(*test.KeyAt(row, head, j, i));
+    }
+    scores.push_back(dot * test.scale());
+  }
+  const Doubles weights = Softmax(scores);
+  for (int j = 0; j < test.lens[row]; ++j) {
+    for (int i = 0; i < test.head_dim; ++i) {
+      out[i] += weights[j] * round(test.KeyAt(row, head, j, i)[test.bundle_size()]);
+    }
+  }
+  return out;
+}
+
+// Sums of squared errors: of a table in float16, and of keys and values rounded to bfloat16.
+void CheckFp16Errors(const Ops& ops, int num_heads, int head_dim, double spread) {
+  const AttendCase test(num_heads, head_dim, {70, 69, 70, 33, 5}, spread, NumberType::kFp16, ops);
+  const Context context(Text("heads", num_heads, "width", head_dim, "spread", spread));
+  const std::vector<float> out = RunAttend(ops, test, 0, test.rows);
+  double ours = 0.0, theirs = 0.0;
+  for (int row = 0; row < test.rows; ++row) {
+    for (int head = 0; head < num_heads; ++head) {
+      const Doubles exact = HeadOf(test, row, head, [](float x) { return x; });
+      const Doubles rounded = HeadOf(test, row, head, RoundToBf16);
+      for (int i = 0; i < head_dim; ++i) {
+        const double got = out[row * test.width + test.layout.Column(head, i)];
+        ours += std::pow(got - exact[i], 2);
+        theirs += std::pow(rounded[i] - exact[i], 2);
+      }
+    }
+  }
+  CHECK_LE(ours, theirs / 4);  // three digits more: half the error is far from either
+}
+
 void CheckAttend(const Ops& ops, const AttendCase& test) {
   const Context context(Text(ops.name, "heads", test.num_heads, "width", test.head_dim, "rows",
                              test.rows, "first len", test.lens[0], NameOf(test.type)));
@@ -203,6 +243,52 @@ TEST(AttendRowsOfDifferentLengths) {
 TEST(AttendSharply) {
   for (int head_dim : {16, 32, 48, 64}) {
     for (int num_heads : {2, 4}) CheckTables(num_heads, head_dim, {1, 9, 40}, 12.0);
+  }
+}
+
+TEST(AttendInFp16IsTwiceAsNearAsBf16) {
+  for (const Ops* ops : AvailableOps()) {
+    if (!ops->takes_fp16) continue;
+    for (double spread : {0.3, 1.0, 2.0, 6.0}) {
+      for (int head_dim : {5, 16, 24, 32}) CheckFp16Errors(*ops, 4, head_dim, spread);
+      CheckFp16Errors(*ops, 8, 32, spread);
+    }
+  }
+}
+
+// Scores, and sums of values, near the end of float16's range; equal weights are 1 each before they
+// are normalised.
+TEST(AttendToLargeNumbersInFp16) {
+  for (const Ops* ops : AvailableOps()) {
+    if (!ops->takes_fp16) continue;
+    AttendCase test(4, 32, {200, 200, 63}, 1.0, NumberType::kFp16, *ops);
+    const auto fill = [&](float query, float key, float value) {
+      std::fill(test.q.begin(), test.q.end(), query);
+      for (size_t i = 0; i < test.kv.size(); ++i) {
+        test.kv[i] = i / test.bundle_size() % 2 == 0 ? key : value;
+      }
+    };
+    const auto check = [&](float value) {
+      const std::vector<float> out = RunAttend(*ops, test, 0, test.rows);
+      for (int row = 0; row < test.rows; ++row) {
+        for (int i = 0; i < test.layout.width(); ++i) CHECK_EQ(out[row * test.width + i], value);
+      }
+    };
+    fill(0.0f, 1.0f, 0x1p15f / kFp16Values);
+    check(0x1p15f / kFp16Values);
+    // one key's score is 2^15, the others' are half of that: its value alone counts
+    fill(static_cast<float>(0x1p5 / test.scale()), 0x1p4f, 3.0f);
+    for (int row = 0; row < test.rows; ++row) {
+      for (int head = 0; head < 4; ++head) {
+        for (int i = 0; i < 32; ++i) {
+          const size_t at = test.KeyAt(row, head, 0, i) - test.kv.data();
+          test.kv[at] = 0x1p5f;
+          test.kv[at + test.bundle_size()] = -7.0f;
+        }
+      }
+    }
+    const std::vector<float> out = RunAttend(*ops, test, 0, 1);
+    for (int i = 0; i < test.layout.width(); ++i) CHECK_EQ(out[i], -7.0f);
   }
 }
 

@@ -3,6 +3,7 @@
 #include <bit>
 #include <cmath>
 #include <limits>
+#include <map>
 #include <stdexcept>
 
 #include "check.h"
@@ -125,6 +126,8 @@ TEST(Fp16IsRoundedToNearestEven) {
     const float middle = (x + next) / 2;  // exact
     CHECK_EQ(ToFp16(x), bits);
     CHECK_EQ(ToFp16(-x), bits | 0x8000);
+    CHECK_EQ(FromFp16(static_cast<uint16_t>(bits)), x);
+    CHECK_EQ(FromFp16(static_cast<uint16_t>(bits | 0x8000)), -x);
     CHECK_EQ(ToFp16(middle), bits + bits % 2);
     CHECK_EQ(ToFp16(std::nextafter(middle, 0.0f)), bits);
     CHECK_EQ(ToFp16(std::nextafter(middle, next)), bits + 1);
@@ -159,8 +162,11 @@ TEST(PackedMatrixInFp16) {
       CHECK_EQ(static_cast<const uint16_t*>(view.data)[pair * 2 + i % 2], ToFp16(number(i, col)));
     }
   }
-  const auto fits = [&](float scale, double input) {
+  const auto fits = [&](float scale, double input, int col = 0, float weight = 0.0f) {
     PackedMatrix other = pack(scale);
+    if (weight != 0.0f) {
+      for (int i = 0; i < kRows; ++i) other.Set(i, col, weight);
+    }
     const bool fit = other.TryFp16(input);
     CHECK((other.view().type == NumberType::kFp16) == fit);
     return fit;
@@ -169,56 +175,146 @@ TEST(PackedMatrixInFp16) {
   CHECK(!fits(0x1p-8f, 0x1p16));                     // the input
   CHECK(!fits(0x1p16f, 0x1p-5));                     // the weights
   CHECK(!fits(1.0f, 0x1p-7) && !fits(0x1p-9f, 1.0) && !fits(0x1p-5f, 0x1p-5));
-  CHECK(!fits(0.0f, 1.0) && !fits(1.0f, std::numeric_limits<double>::infinity()));
+  CHECK(!fits(0.0f, 1.0));
+  // one column with few digits left, in the same number with enough of them
+  CHECK(!fits(1.0f, 1.0, 5, 0x1.8p-24f) && fits(1.0f, 1.0, 5, 0x1.8p-20f));
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+  CHECK(!fits(1.0f, kInfinity) && !fits(1.0f, std::nan("")) && !fits(1.0f, 1.0, 5, kNaN));
 }
 
-// Where it is the faster way, and where numbers may become too large for it.
-TEST(ModelUsesFp16WhereItFits) {
-  class LargeWeights : public RandomWeights {
-   public:
-    explicit LargeWeights(std::string name) : RandomWeights(0), name_(std::move(name)) {}
-    const float* Get(const std::string& name, size_t size) const override {
-      const float* values = RandomWeights::Get(name, size);
-      if (name != name_) return values;
-      large_.assign(values, values + size);
-      for (float& x : large_) x *= 1e6f;
-      return large_.data();
-    }
+namespace {
 
-   private:
-    std::string name_;
-    mutable std::vector<float> large_;
+// Random weights, of which those whose name contains `part` are `scale` times as large.
+class ScaledWeights : public RandomWeights {
+ public:
+  ScaledWeights(std::string part, double scale)
+      : RandomWeights(0), part_(std::move(part)), scale_(scale) {}
+  const float* Get(const std::string& name, size_t size) const override {
+    const float* values = RandomWeights::Get(name, size);
+    if (name.find(part_) == std::string::npos) return values;
+    std::vector<float>& scaled = scaled_[name];
+    scaled.clear();
+    for (size_t i = 0; i < size; ++i) scaled.push_back(static_cast<float>(values[i] * scale_));
+    return scaled.data();
+  }
+
+ private:
+  std::string part_;
+  double scale_;
+  mutable std::map<std::string, std::vector<float>> scaled_;
+};
+
+// The bounds of csrc/model.cc, from the weights as they are.
+class Bounds {
+ public:
+  Bounds(const WeightSource& weights, int embed) : weights_(weights), embed_(embed) {}
+
+  double Normed(const std::string& name) const {
+    const float* gamma = weights_.Get(name + ".weight", embed_);
+    const float* beta = weights_.Get(name + ".bias", embed_);
+    double largest = 0.0, squares = 0.0;
+    for (int i = 0; i < embed_; ++i) {
+      largest = std::max(largest, std::abs(double{gamma[i]}));
+      squares += double{beta[i]} * beta[i];
+    }
+    return std::sqrt(double(embed_)) * largest + std::sqrt(squares);
+  }
+  double Output(const std::string& name, double input, int n) const {
+    const float* bias = weights_.Get(name + ".bias", n);
+    double squares = 0.0;
+    for (int o = 0; o < n; ++o) {
+      squares += std::pow(Norm(name, embed_, n, o) * input + std::abs(bias[o]), 2);
+    }
+    return std::sqrt(squares);
+  }
+  double LargestNorm(const std::string& name, int k, int n) const {
+    double largest = 0.0;
+    for (int o = 0; o < n; ++o) largest = std::max(largest, Norm(name, k, n, o));
+    return largest;
+  }
+
+ private:
+  double Norm(const std::string& name, int k, int n, int row) const {
+    const float* weight = weights_.Get(name + ".weight", size_t(n) * k) + size_t(row) * k;
+    double squares = 0.0;
+    for (int i = 0; i < k; ++i) squares += double{weight[i]} * weight[i];
+    return std::sqrt(squares);
+  }
+
+  const WeightSource& weights_;
+  int embed_;
+};
+
+// What of a layer is in float16: keys, kvq, proj, up, down.
+std::string InFp16(const Layer& layer) {
+  std::string found;
+  const auto add = [&found](const char* name, NumberType type) {
+    if (type == NumberType::kFp16) found += std::string(name) + " ";
   };
+  add("keys", layer.key_type);
+  add("kvq", layer.kvq.view().type);
+  add("proj", layer.proj.view().type);
+  add("up", layer.up.view().type);
+  add("down", layer.down.view().type);
+  return found;
+}
+
+}  // namespace
+
+// Up to the scale at which one bound says that a number could become too large.
+TEST(ModelUsesFp16WhereItFits) {
   const Shape shape = SmallShapes()[4];  // with bundles of heads
+  const int embed = shape.embed_dim;
+  const RandomWeights weights(0);
+  const Bounds bounds(weights, embed);
+  const std::string block = "blocks.1.", attn = block + "attn.";
+  const double first = bounds.Normed(block + "ln1"), second = bounds.Normed(block + "ln2");
+  const double keys = bounds.Output(attn + "key", first, embed),
+               values = bounds.Output(attn + "value", first, embed),
+               queries = bounds.Output(attn + "query", first, embed) / std::sqrt(shape.head_dim());
+  const double hidden = bounds.Output(block + "mlp.0", second, 4 * embed);
+  const double down = bounds.LargestNorm(block + "mlp.2", 4 * embed, embed);
+  const double head = bounds.LargestNorm("head", embed, shape.num_ids() * shape.transition_dim());
+  constexpr double kMost = 0x1p15;
+  const struct {
+    std::string part;
+    double limit;  // of its scale
+    std::string below, above;
+  } cases[] = {
+      {attn + "query", kMost / (keys * queries), "keys kvq proj up down ", "kvq proj up down "},
+      {attn + "key", kMost / (keys * queries), "keys kvq proj up down ", "kvq proj up down "},
+      {attn + "value", kMost / (kFp16Values * values), "keys kvq proj up down ",
+       "kvq proj up down "},
+      {attn + "proj", kMost / (values * bounds.LargestNorm(attn + "proj", embed, embed)),
+       "keys kvq proj up down ", "keys kvq up down "},
+      {block + "mlp.0", kMost / (hidden * down), "keys kvq proj up down ", "keys kvq proj up "},
+      {block + "mlp.2", kMost / (hidden * down), "keys kvq proj up down ", "keys kvq proj up "},
+      {block + "ln1", std::sqrt(kMost / (keys * queries)), "keys kvq proj up down ",
+       "kvq proj up down "},
+      {"ln_f", kMost / (bounds.Normed("ln_f") * head), "", ""},
+  };
   for (const Ops* ops : AvailableOps()) {
-    const auto check = [&](const std::string& large, bool first, bool second, bool last) {
-      const Context context(Text(ops->name, large));
-      const Model model(shape, LargeWeights(large), *ops, true);
-      const auto is = [&](NumberType type, bool fits) {
-        CHECK(type == (fits && ops->takes_fp16 ? NumberType::kFp16 : NumberType::kBf16));
-      };
-      const auto is_layer = [&](const Layer& layer, bool attention, bool mlp) {
-        is(layer.kvq.view().type, attention);
-        is(layer.key_type, attention);
-        is(layer.proj.view().type, attention);
-        is(layer.up.view().type, mlp);
-        is(layer.down.view().type, mlp);
-      };
-      is_layer(model.layers[0], true, true);
-      is_layer(model.layers[1], first, second);
-      for (const PackedMatrix& head : model.heads) is(head.view().type, last);
-    };
-    check("none", true, true, true);
-    check("blocks.1.ln1.weight", false, true, true);
-    check("blocks.1.ln2.weight", true, false, true);
-    check("ln_f.bias", true, true, false);
+    for (const auto& [part, limit, below, above] : cases) {
+      for (double scale : {0.9 * limit, 1.1 * limit}) {
+        const Context context(Text(ops->name, part, scale / limit));
+        const Model model(shape, ScaledWeights(part, scale), *ops, true);
+        const bool fits = scale < limit && ops->takes_fp16, is_head = part == "ln_f";
+        if (!is_head)
+          CHECK_EQ(InFp16(model.layers[1]), !ops->takes_fp16 ? "" : fits ? below : above);
+        if (ops->takes_fp16) CHECK_EQ(InFp16(model.layers[0]), "keys kvq proj up down ");
+        int num_heads = 0;
+        for (const PackedMatrix& matrix : model.heads)
+          num_heads += matrix.view().type == NumberType::kFp16;
+        if (is_head) CHECK(fits == (num_heads == shape.transition_dim()));
+      }
+    }
     const Model exact(shape, RandomWeights(0), *ops, false);
     CHECK(exact.heads[0].view().type == NumberType::kFloat32);
     CHECK(exact.layers[0].key_type == NumberType::kFloat32);
+    const Model one_head(SmallShapes()[3], RandomWeights(0), *ops, true);
+    CHECK(one_head.layers[0].key_type == NumberType::kBf16);  // attention takes bundles only
   }
-  // attention takes float16 by bundles only
-  const Model one_head(SmallShapes()[3], RandomWeights(0), FindOps("auto"), true);
-  CHECK(one_head.layers[0].key_type == NumberType::kBf16);
 }
 
 TEST(EmbeddingRows) {
