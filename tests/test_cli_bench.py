@@ -102,6 +102,10 @@ def test_bench_interrupted(capsys: Any, tmp_path: Path, monkeypatch: pytest.Monk
         (["--env-id", "Hopper-v4"], "env_id: expected None without --checkpoint, got 'Hopper-v4'"),
         (["--episodes", 3], "episodes: expected 2, without --checkpoint, got 3"),
         (["--seed", 3], "seed: expected 0, without --checkpoint, got 3"),
+        (
+            ["--dtype", "bfloat16"],
+            "dtype: expected float32, without --checkpoint, got 'bfloat16'",
+        ),
         (["--max-steps", 3], "max_steps: expected None, without --checkpoint, got 3"),
         (["--checkpoint", "x", "--task", "hopper"], "task: expected none with --checkpoint, got"),
         (["--json", "."], "json: expected the name of a file, got 'the folder .'"),

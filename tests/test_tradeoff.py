@@ -36,6 +36,15 @@ def test_only_decisions_that_plan_are_timed(checkpoint: Checkpoint) -> None:
     assert min(every.p50_ms, every.step_ms, seldom.p50_ms, seldom.step_ms) > 0.0
 
 
+def test_plans_of_another_dtype(checkpoint: Checkpoint) -> None:
+    options = tradeoff.PlayOptions(
+        episodes=1, num_threads=1, dtype="bfloat16", progress=False, max_steps=3
+    )
+    (row,) = tradeoff.play_settings(checkpoint, [Setting.parse("H2-B2x2")], options)
+    assert row.dtype == "bfloat16"
+    assert "cpu backend, bfloat16" in tradeoff.notes([row])
+
+
 def test_an_interrupted_setting_has_no_row(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:

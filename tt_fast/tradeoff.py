@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from tt_fast.bench import Setting
 from tt_fast.checkpoint import Checkpoint
+from tt_fast.config import Precision
 from tt_fast.discretizer import Discretizer, Tokens
 from tt_fast.evaluate import evaluate
 from tt_fast.measure import Case, percentile
@@ -104,6 +105,8 @@ class PlayOptions:
     max_steps: int | None = None
     seed: int = 0
     num_threads: int | None = None
+    dtype: Precision = "float32"
+    """Of the plans, whatever their settings say"""
     progress: bool = True
 
 
@@ -120,7 +123,7 @@ def play_settings(
     planners = [
         TimedPlanner(
             checkpoint,
-            setting.plan,
+            replace(setting.plan, dtype=options.dtype),
             plan_freq=setting.plan_freq,
             num_threads=options.num_threads,
         )

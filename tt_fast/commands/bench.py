@@ -52,6 +52,8 @@ class Bench(Command):
     """End every episode after so many steps."""
     seed: int = 0
     """Seed of the first episode; episode j has seed + j."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the episodes' plans, with --checkpoint; the first table has both."""
     json: Path | None = None
     """JSON file to write, after every row."""
     csv: Path | None = None
@@ -104,7 +106,7 @@ class Bench(Command):
             for name in ("plot", "env_id"):
                 wanted = "None without --checkpoint"
                 require(getattr(self, name) is None, name, wanted, str(getattr(self, name)))
-            for name in ("episodes", "max_steps", "seed"):
+            for name in ("episodes", "max_steps", "seed", "dtype"):
                 value, default = getattr(self, name), getattr(Bench, name)
                 require(value == default, name, f"{default}, without --checkpoint", value)
             wanted = "a plan at every step (no -F) without --checkpoint"
@@ -138,6 +140,7 @@ class Bench(Command):
             max_steps=self.max_steps,
             seed=self.seed,
             num_threads=self.threads,
+            dtype=self.dtype,
             progress=not self.no_progress,
         )
 
