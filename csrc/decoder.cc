@@ -284,14 +284,14 @@ void Decoder::Mlp(int layer, int begin, int end, Scratch& scratch) {
   const Layer& weights = model_.layers[layer];
   const int width = model_.shape.width(), hidden = model_.shape.hidden_width();
   const MatrixView up = weights.up.view(), down = weights.down.view();
-  Normalise(weights.ln2_gamma, weights.ln2_beta, begin, end, scratch);
   const int rows = end - begin, most = up.type == NumberType::kFp16 ? kNearRows : kMaxRows;
   const int num_blocks = (rows + most - 1) / most;
   for (int block = 0; block < num_blocks; ++block) {
     const int first = BeginOfPart(rows, block, num_blocks);
     const int count = BeginOfPart(rows, block + 1, num_blocks) - first;
-    Gemm(up, hidden, RowOf(scratch.normed, first, width), width, count, scratch.hidden.data(),
-         hidden, false, scratch);
+    Normalise(weights.ln2_gamma, weights.ln2_beta, begin + first, begin + first + count, scratch);
+    Gemm(up, hidden, scratch.normed.data(), width, count, scratch.hidden.data(), hidden, false,
+         scratch);
     model_.ops.gelu(scratch.hidden.data(), static_cast<size_t>(count) * hidden);
     Gemm(down, width, scratch.hidden.data(), hidden, count, RowOf(h_, begin + first, width), width,
          true, scratch);
