@@ -2,7 +2,7 @@
 // simd_attend.h leaves open for other arithmetic than float32. Included by ops_avx512_fp16.cc,
 // after `Half`, a number, and `Halves`, a vector of twice kWidth of them.
 //
-// A score is summed in float16. So are weighted values, kSettled of them; sums of these are
+// A score is summed in float16. So are weighted values, kFp16Values of them; sums of these are
 // float32, as are exponentials. No include guard, like simd_ops.h.
 
 namespace {
@@ -55,9 +55,7 @@ inline Vec SumEach(const Halves (&p)[4]) {
   return ToFloats(_mm512_cvtepi32_epi16((__m512i)sums.v));
 }
 
-// Values that are summed in float16, half of them in each chain.
-constexpr int kSettled = tt::kFp16Values;
-
+// Each chain has half of what is summed in float16.
 template <int kVecs>
 struct Chains<kVecs, Half> {
   static constexpr int kParts = kVecs / 2, kChains = 2;
@@ -87,7 +85,7 @@ inline void AddHalves(Chains<kVecs, Half>& chains) {
 
 template <int kVecs>
 inline void Settle(Chains<kVecs, Half>& chains, int end) {
-  if (end % kSettled != 0) return;
+  if (end % tt::kFp16Values != 0) return;
   AddHalves(chains);
   ClearHalves(chains);
 }

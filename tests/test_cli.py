@@ -205,6 +205,14 @@ def test_data_collect(capsys, tmp_path):
     assert "out: expected a new file" in refuse(capsys, *argv)
 
 
+@pytest.mark.parametrize("argv", [["--help"], ["data", "info", DEMO]])
+def test_nobody_reads_it(argv):
+    command = [sys.executable, "-m", "tt_fast", *argv]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == (b"", 141)
+
+
 def test_data_interrupted(capsys, tmp_path, monkeypatch):
     interrupt(monkeypatch, "tt_fast.collect", "collect")
     out = tmp_path / "toy.hdf5"

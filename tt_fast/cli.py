@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,10 +64,22 @@ class CommandLine:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `tt-fast`; returns the exit status: 0, 2 for a user's error, 130 after Ctrl-C.
+    """Run `tt-fast`; returns the exit status: 0, 2 for a user's error, 130 after Ctrl-C, 141 where
+    nobody reads what it prints any more (`| head`), as a shell has it.
 
     `tt-fast sweep` leaves with 1 by SystemExit if a trial failed.
     """
+    try:
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return 141
+
+
+def _run(argv: Sequence[str] | None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv == ["--version"]:
         from tt_fast import __version__
@@ -80,6 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"tt-fast: interrupted: {command.saved()}", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        raise
     except (*_USER_ERRORS, RuntimeError) as error:
         if command.debug or not (isinstance(error, _USER_ERRORS) or _is_out_of_memory(error)):
             raise
