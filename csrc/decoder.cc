@@ -24,6 +24,7 @@ constexpr int kMinRows = 6;
 // Rows whose hidden numbers of the MLP stay near from step to step. Smaller blocks read the weights
 // more often, so this is for products so fast that memory counts for more.
 constexpr int kNearRows = 36;
+static_assert(kNearRows <= kMaxRows);
 
 }  // namespace
 

@@ -113,8 +113,8 @@ class Packer {
 };
 
 // Whether float16 does for numbers with these bounds. It ends at 2^16, which leaves room for
-// roundings. It has all its digits from 2^-14 on; that is a rule of thumb, as numbers may be far
-// below their bounds.
+// roundings, and has all its digits from 2^-14 on. The lower limit is a rule of thumb, as numbers
+// may be far below their bounds.
 bool FitFp16(std::initializer_list<double> bounds) {
   return std::all_of(bounds.begin(), bounds.end(),
                      [](double bound) { return bound >= 0x1p-6 && bound <= 0x1p15; });
@@ -193,6 +193,7 @@ void PackedMatrix::Set(int i, int col, float value) {
   if (type_ == NumberType::kFloat32) {
     float_data_[Index(type_, i, col)] = value;
   } else {
+    assert(type_ == NumberType::kBf16);
     half_data_[Index(type_, i, col)] = ToBf16(value);
   }
 }
@@ -302,7 +303,8 @@ void Model::UseFp16() {
     layer.up.TryFp16(second);
     layer.down.TryFp16(hidden);
   }
-  for (PackedMatrix& head : heads) head.TryFp16(normed(lnf_gamma, lnf_beta));
+  const double last = normed(lnf_gamma, lnf_beta);
+  for (PackedMatrix& head : heads) head.TryFp16(last);
 }
 
 int Model::EmbeddingRow(int token, int dim) const {

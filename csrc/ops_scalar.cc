@@ -14,8 +14,9 @@ constexpr int kPanel = 16;
 float Weight(const MatrixView& w, int i, int col) {
   const size_t panel = static_cast<size_t>(col) / kPanel;
   const int column = col % kPanel;
-  if (w.type == NumberType::kFloat32)
+  if (w.type == NumberType::kFloat32) {
     return static_cast<const float*>(w.data)[(panel * w.k + i) * kPanel + column];
+  }
   const size_t pair = (panel * (w.k / 2) + i / 2) * kPanel + column;
   return FromBf16(static_cast<const uint16_t*>(w.data)[pair * 2 + i % 2]);
 }

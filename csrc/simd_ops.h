@@ -118,6 +118,7 @@ inline Vec NormScale(float variance) { return Vec(1.0f / __builtin_sqrtf(varianc
 // A row that fits into registers, (kVecs vectors) without padding.
 template <int kVecs>
 inline void NormInRegisters(const float* x, const float* gamma, const float* beta, float* out) {
+  static_assert(kVecs * kWidth % kPad == 0 && (kVecs & (kVecs - 1)) == 0);
   Vec row[kVecs], sums[kVecs];
   UNROLL for (int v = 0; v < kVecs; ++v) row[v] = sums[v] = Vec::Load(x + v * kWidth);
   const auto total = [&sums] {  // of a tree: less to wait for than one after the other

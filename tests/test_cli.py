@@ -213,6 +213,23 @@ def test_nobody_reads_it(argv):
         assert (process.stderr.read(), process.wait()) == (b"", 141)
 
 
+def test_another_broken_pipe_is_an_error(capsys, monkeypatch):
+    def broken(self):
+        print("something")
+        raise BrokenPipeError("a service went away")
+
+    monkeypatch.setattr("tt_fast.commands.data.DataInfo.run", broken)
+    assert refuse(capsys, "data", "info", DEMO) == "a service went away"
+    with pytest.raises(BrokenPipeError):
+        run("data", "info", DEMO, "--debug")
+
+
+def test_without_standard_output(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    run("--version")
+    run("data", "info", DEMO)
+
+
 def test_data_interrupted(capsys, tmp_path, monkeypatch):
     interrupt(monkeypatch, "tt_fast.collect", "collect")
     out = tmp_path / "toy.hdf5"

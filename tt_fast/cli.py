@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -70,11 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     `tt-fast sweep` leaves with 1 by SystemExit if a trial failed.
     """
     try:
-        try:
-            return _run(argv)
-        finally:
-            sys.stdout.flush()
+        return _run(argv)
     except BrokenPipeError:
+        if not _nobody_reads():
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return 141
 
@@ -84,23 +84,43 @@ def _run(argv: Sequence[str] | None) -> int:
     if argv == ["--version"]:
         from tt_fast import __version__
 
-        print(f"tt-fast {__version__}")
+        print(f"tt-fast {__version__}", flush=True)
         return 0
-    command = parse(argv)
+    try:
+        command = parse(argv)
+    except SystemExit:
+        _flush()  # the help
+        raise
     sys.path.insert(0, str(Path.cwd()))  # for module:callable, as `python -m` would
     try:
         command.run()
+        _flush()
     except KeyboardInterrupt:
         print(f"tt-fast: interrupted: {command.saved()}", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        raise
     except (*_USER_ERRORS, RuntimeError) as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            raise
         if command.debug or not (isinstance(error, _USER_ERRORS) or _is_out_of_memory(error)):
             raise
         print(f"tt-fast: error: {_one_line(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+def _flush() -> None:
+    if sys.stdout is not None:
+        sys.stdout.flush()
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is a pipe whose other end is closed."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    except (AttributeError, OSError, ValueError):  # no poll here, no output, or no file
+        return False
 
 
 def parse(argv: Sequence[str]) -> Command:

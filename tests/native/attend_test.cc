@@ -194,7 +194,8 @@ void CheckFp16Errors(const Ops& ops, int num_heads, int head_dim, double spread)
       }
     }
   }
-  CHECK_LE(ours, theirs / 4);  // three digits more: half the error is far from either
+  // half of the error at most, though float16 has three bits more: sums are rounded, too
+  CHECK_LE(ours, theirs / 4);
 }
 
 void CheckAttend(const Ops& ops, const AttendCase& test) {
@@ -287,8 +288,7 @@ TEST(AttendToLargeNumbersInFp16) {
         }
       }
     }
-    const std::vector<float> out = RunAttend(*ops, test, 0, 1);
-    for (int i = 0; i < test.layout.width(); ++i) CHECK_EQ(out[i], -7.0f);
+    check(-7.0f);
   }
 }
 

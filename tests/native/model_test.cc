@@ -1,5 +1,6 @@
 #include "model.h"
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <limits>
@@ -162,25 +163,27 @@ TEST(PackedMatrixInFp16) {
       CHECK_EQ(static_cast<const uint16_t*>(view.data)[pair * 2 + i % 2], ToFp16(number(i, col)));
     }
   }
-  const auto fits = [&](float scale, double input, int col = 0, float weight = 0.0f) {
+  const auto fits = [&](float scale, double input, const std::vector<float>& column = {}) {
     PackedMatrix other = pack(scale);
-    if (weight != 0.0f) {
-      for (int i = 0; i < kRows; ++i) other.Set(i, col, weight);
+    for (int i = 0; !column.empty() && i < kRows; ++i) {
+      other.Set(i, 5, i < static_cast<int>(column.size()) ? column[i] : 0.0f);
     }
     const bool fit = other.TryFp16(input);
     CHECK((other.view().type == NumberType::kFp16) == fit);
     return fit;
   };
-  CHECK(fits(1.0f, 0x1p12) && !fits(1.0f, 0x1p14));  // the sum
-  CHECK(!fits(0x1p-8f, 0x1p16));                     // the input
-  CHECK(!fits(0x1p16f, 0x1p-5));                     // the weights
-  CHECK(!fits(1.0f, 0x1p-7) && !fits(0x1p-9f, 1.0) && !fits(0x1p-5f, 0x1p-5));
-  CHECK(!fits(0.0f, 1.0));
-  // one column with few digits left, in the same number with enough of them
-  CHECK(!fits(1.0f, 1.0, 5, 0x1.8p-24f) && fits(1.0f, 1.0, 5, 0x1.8p-20f));
+  CHECK(fits(1.0f, 0x1p12) && !fits(1.0f, 0x1p14));      // the sum
+  CHECK(!fits(0x1p-8f, 0x1p16) && !fits(1.0f, 0x1p-7));  // the input
+  CHECK(!fits(0x1p16f, 0x1p-5) && !fits(0x1p-9f, 4.0));  // the weights
+  CHECK(!fits(0x1p-5f, 0x1p-5) && !fits(0.0f, 1.0));     // the sum once more
+  // a weight that loses 2^-25, the last of its eight digits, beside others that lose nothing:
+  // 2^-8.8 and 2^-9.2 of the column's norm
+  const float loses = 255 * 0x1p-25f, exact = 0x1p-17f;
+  CHECK(!fits(1.0f, 1.0, {loses, exact, exact}));
+  CHECK(fits(1.0f, 1.0, {loses, exact, exact, exact, exact}));
   constexpr double kInfinity = std::numeric_limits<double>::infinity();
   constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
-  CHECK(!fits(1.0f, kInfinity) && !fits(1.0f, std::nan("")) && !fits(1.0f, 1.0, 5, kNaN));
+  CHECK(!fits(1.0f, kInfinity) && !fits(1.0f, std::nan("")) && !fits(1.0f, 1.0, {kNaN}));
 }
 
 namespace {
@@ -246,6 +249,21 @@ class Bounds {
   int embed_;
 };
 
+// All tables, and one that takes float16 wherever this runs: models call nothing of it.
+std::vector<const Ops*> TablesOfModels() {
+  static const Ops half = [] {
+    Ops ops = *ScalarOps();
+    ops.name = "float16";
+    ops.panel_width = kPad;
+    ops.bundle_heads = 4;
+    ops.takes_fp16 = true;
+    return ops;
+  }();
+  std::vector<const Ops*> tables = AvailableOps();
+  tables.push_back(&half);
+  return tables;
+}
+
 // What of a layer is in float16: keys, kvq, proj, up, down.
 std::string InFp16(const Layer& layer) {
   std::string found;
@@ -277,42 +295,50 @@ TEST(ModelUsesFp16WhereItFits) {
   const double down = bounds.LargestNorm(block + "mlp.2", 4 * embed, embed);
   const double head = bounds.LargestNorm("head", embed, shape.num_ids() * shape.transition_dim());
   constexpr double kMost = 0x1p15;
+  const double head_limit = kMost / (bounds.Normed("ln_f") * head);
+  const std::string all = "keys kvq proj up down ";
   const struct {
     std::string part;
     double limit;  // of its scale
     std::string below, above;
   } cases[] = {
-      {attn + "query", kMost / (keys * queries), "keys kvq proj up down ", "kvq proj up down "},
-      {attn + "key", kMost / (keys * queries), "keys kvq proj up down ", "kvq proj up down "},
-      {attn + "value", kMost / (kFp16Values * values), "keys kvq proj up down ",
-       "kvq proj up down "},
-      {attn + "proj", kMost / (values * bounds.LargestNorm(attn + "proj", embed, embed)),
-       "keys kvq proj up down ", "keys kvq up down "},
-      {block + "mlp.0", kMost / (hidden * down), "keys kvq proj up down ", "keys kvq proj up "},
-      {block + "mlp.2", kMost / (hidden * down), "keys kvq proj up down ", "keys kvq proj up "},
-      {block + "ln1", std::sqrt(kMost / (keys * queries)), "keys kvq proj up down ",
-       "kvq proj up down "},
-      {"ln_f", kMost / (bounds.Normed("ln_f") * head), "", ""},
+      {attn + "query", kMost / (keys * queries), all, "kvq proj up down "},
+      {attn + "key", kMost / (keys * queries), all, "kvq proj up down "},
+      {attn + "value", kMost / (kFp16Values * values), all, "kvq proj up down "},
+      {attn + "value", kMost / (values * bounds.LargestNorm(attn + "proj", embed, embed)),
+       "kvq proj up down ", "kvq up down "},
+      {attn + "query", kMost / (first * bounds.LargestNorm(attn + "query", embed, embed)),
+       "kvq proj up down ", "proj up down "},
+      {attn + "query", 0x1p-6 / queries, "kvq proj up down ", all},
+      {block + "ln2", kMost / (second * bounds.LargestNorm(block + "mlp.0", embed, 4 * embed)),
+       "keys kvq proj up ", "keys kvq proj "},
+      {attn + "proj", kMost / (values * bounds.LargestNorm(attn + "proj", embed, embed)), all,
+       "keys kvq up down "},
+      {block + "mlp.0", kMost / (hidden * down), all, "keys kvq proj up "},
+      {block + "mlp.2", kMost / (hidden * down), all, "keys kvq proj up "},
+      {block + "ln1", std::sqrt(kMost / (keys * queries)), all, "kvq proj up down "},
   };
-  for (const Ops* ops : AvailableOps()) {
+  for (const Ops* ops : TablesOfModels()) {
     for (const auto& [part, limit, below, above] : cases) {
       for (double scale : {0.9 * limit, 1.1 * limit}) {
         const Context context(Text(ops->name, part, scale / limit));
         const Model model(shape, ScaledWeights(part, scale), *ops, true);
-        const bool fits = scale < limit && ops->takes_fp16, is_head = part == "ln_f";
-        if (!is_head)
-          CHECK_EQ(InFp16(model.layers[1]), !ops->takes_fp16 ? "" : fits ? below : above);
-        if (ops->takes_fp16) CHECK_EQ(InFp16(model.layers[0]), "keys kvq proj up down ");
-        int num_heads = 0;
-        for (const PackedMatrix& matrix : model.heads)
-          num_heads += matrix.view().type == NumberType::kFp16;
-        if (is_head) CHECK(fits == (num_heads == shape.transition_dim()));
+        const std::string want = scale < limit ? below : above;
+        CHECK_EQ(InFp16(model.layers[1]), ops->takes_fp16 ? want : "");
+        CHECK_EQ(InFp16(model.layers[0]), ops->takes_fp16 ? all : "");
       }
     }
-    const Model exact(shape, RandomWeights(0), *ops, false);
+    for (double scale : {0.9 * head_limit, 1.1 * head_limit}) {
+      const Model model(shape, ScaledWeights("ln_f", scale), *ops, true);
+      const bool all_fit = std::all_of(
+          model.heads.begin(), model.heads.end(),
+          [](const PackedMatrix& matrix) { return matrix.view().type == NumberType::kFp16; });
+      CHECK_EQ(all_fit, ops->takes_fp16 && scale < head_limit);
+    }
+    const Model exact(shape, weights, *ops, false);
     CHECK(exact.heads[0].view().type == NumberType::kFloat32);
     CHECK(exact.layers[0].key_type == NumberType::kFloat32);
-    const Model one_head(SmallShapes()[3], RandomWeights(0), *ops, true);
+    const Model one_head(SmallShapes()[3], weights, *ops, true);
     CHECK(one_head.layers[0].key_type == NumberType::kBf16);  // attention takes bundles only
   }
 }

@@ -196,8 +196,8 @@ TEST(GemmAllTypes) {
   }
 }
 
-// What kFp16Sum promises: sums in float16 are off by less than inputs rounded to bfloat16 make
-// them.
+// What kFp16Sum promises of GemmCase's sums, which GemmAllTypes compares tables with: rounded to
+// float16 they are off by less than inputs rounded to bfloat16 make them.
 TEST(GemmFp16IsNoWorseThanBf16) {
   constexpr int kRows = 512, kCols = 32;
   const GemmCase exact(kRows, kCols, kCols, NumberType::kFp16);

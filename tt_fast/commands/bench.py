@@ -53,7 +53,8 @@ class Bench(Command):
     seed: int = 0
     """Seed of the first episode; episode j has seed + j."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Arithmetic of the episodes' plans, with --checkpoint; the first table has both."""
+    """Arithmetic of the episodes' plans, with --checkpoint; the table of backends
+    has both."""
     json: Path | None = None
     """JSON file to write, after every row."""
     csv: Path | None = None
