@@ -338,7 +338,7 @@ TEST(ModelUsesFp16WhereItFits) {
     const Model exact(shape, weights, *ops, false);
     CHECK(exact.heads[0].view().type == NumberType::kFloat32);
     CHECK(exact.layers[0].key_type == NumberType::kFloat32);
-    const Model one_head(SmallShapes()[3], weights, *ops, true);
+    const Model one_head(SmallShapes()[3], RandomWeights(0), *ops, true);
     CHECK(one_head.layers[0].key_type == NumberType::kBf16);  // attention takes bundles only
   }
 }

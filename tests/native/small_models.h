@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -36,6 +37,7 @@ class RandomWeights : public WeightSource {
       if (relative_ == 0.0) return values.data();
       for (float& x : values) x *= static_cast<float>(1.0 + relative_ * noise_.Normal());
     }
+    if (values.size() != size) throw std::invalid_argument(name + " is another shape's already");
     return values.data();
   }
 
