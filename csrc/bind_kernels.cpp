@@ -163,9 +163,9 @@ Floats RunAttend(const Floats& q, const Floats& k, const Floats& v, int hidden,
     }
   }
   AlignedBuffer<uint16_t> rounded(bf16 ? kv.size() : 0);
-  const NumberType type = !bf16                                ? NumberType::kFloat32
-                          : ops.takes_fp16 && layout.heads > 1 ? NumberType::kFp16
-                                                               : NumberType::kBf16;
+  const NumberType type = !bf16         ? NumberType::kFloat32
+                          : layout.fp16 ? NumberType::kFp16
+                                        : NumberType::kBf16;
   if (bf16) ops.round(kv.data(), kv.size(), type, rounded.data());
   const uint32_t* paths[] = {path.data(), path.data()};
   const int32_t lens[] = {len, len - hidden}, shared[] = {0, len - hidden};

@@ -39,18 +39,9 @@ inline Halves DotVecs(const Halves (&q)[kVecs / 2], const Half* key) {
   return sum;
 }
 
-// Of each 128 bits, the lower 64 are of a, the upper of b: as SumQuarters of float32.
-inline __m512 AddQuarters(Halves a, Halves b) {
-  const __m512d x = (__m512d)a.v, y = (__m512d)b.v;
-  const Halves blended((__m512h)_mm512_mask_blend_pd(0xAA, x, y));
-  return (__m512)(blended + Halves((__m512h)_mm512_shuffle_pd(x, y, 0x55))).v;
-}
-
 // Lane 4 h + i is the sum of the eight numbers 8 h and up of p[i].
 inline Vec SumEach(const Halves (&p)[4]) {
-  const __m512 a = AddQuarters(p[0], p[1]), b = AddQuarters(p[2], p[3]);
-  const Halves even((__m512h)_mm512_shuffle_ps(a, b, 0x88));
-  const Halves pairs = even + Halves((__m512h)_mm512_shuffle_ps(a, b, 0xDD));
+  const Halves pairs = SumFour(p);
   const Halves sums = pairs + Halves((__m512h)_mm512_srli_epi32((__m512i)pairs.v, 16));
   return ToFloats(_mm512_cvtepi32_epi16((__m512i)sums.v));
 }

@@ -160,7 +160,8 @@ HeadLayout::HeadLayout(int num_heads, int head_dim, const Ops& ops, bool bf16)
                 : 1),
       stride(heads * RoundUp(head_dim, kHeadPad)),
       num_bundles(num_heads / heads),
-      bf16(bf16) {}
+      bf16(bf16),
+      fp16(bf16 && ops.takes_fp16 && heads > 1) {}
 
 int HeadLayout::Column(int head, int i) const {
   const int begin = head / heads * stride;
@@ -221,19 +222,22 @@ double PackedMatrix::BoundOutput(double input_bound, int first, int last) const 
 
 bool PackedMatrix::TryFp16(double input_bound) {
   assert(type_ == NumberType::kBf16);
-  double weight_bound = 0.0;
-  for (int col = 0; col < n_; ++col) weight_bound = std::max(weight_bound, ColumnNorm(col));
+  std::vector<double> norms;
+  for (int col = 0; col < n_; ++col) norms.push_back(ColumnNorm(col));
+  const double weight_bound = *std::max_element(norms.begin(), norms.end());
   // no part of a sum is larger than the product of the two norms
   if (!FitFp16({input_bound, weight_bound, input_bound * weight_bound})) return false;
   AlignedBuffer<uint16_t> rounded(half_data_.size());
   for (int col = 0; col < n_; ++col) {
     double squares = 0.0;  // of what the column loses
     for (int i = 0; i < k_; ++i) {
-      const uint16_t half = ToFp16(At(i, col));
-      squares += std::pow(double{At(i, col)} - FromFp16(half), 2);
+      const float weight = At(i, col);
+      const uint16_t half = ToFp16(weight);
+      // from the smallest normal number on, float16 has all digits of bfloat16
+      if (!(std::abs(weight) >= 0x1p-14f)) squares += std::pow(double{weight} - FromFp16(half), 2);
       rounded[Index(NumberType::kFp16, i, col)] = half;
     }
-    if (!(std::sqrt(squares) <= 0x1p-9 * ColumnNorm(col))) return false;  // or is no number
+    if (!(std::sqrt(squares) <= 0x1p-9 * norms[col])) return false;  // or is no number
   }
   half_data_ = std::move(rounded);
   type_ = NumberType::kFp16;
@@ -292,7 +296,7 @@ void Model::UseFp16() {
     const double values = layer.kvq.BoundOutput(first, attn, 2 * attn);
     const double queries =
         layer.kvq.BoundOutput(first, 2 * attn, 3 * attn) / std::sqrt(double(shape.head_dim()));
-    if (head_layout.heads > 1 &&
+    if (head_layout.fp16 &&
         FitFp16({keys, queries, keys * queries, values, kFp16Values * values})) {
       layer.key_type = NumberType::kFp16;
     }

@@ -55,6 +55,7 @@ struct HeadLayout {
   int stride;  // numbers of a bundle, padded
   int num_bundles;
   bool bf16;
+  bool fp16;  // whether attention takes keys in float16, too
 
   int width() const { return num_bundles * stride; }
   // Of number i of a head, among those of all heads.

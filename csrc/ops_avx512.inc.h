@@ -83,43 +83,47 @@ inline Vec OddLanes(Vec a, Vec b) {
 
 // Both sum two vectors, halving each: a blend and one shuffle instead of two shuffles, of which the
 // processor does fewer at a time. The lower 256 bits are of a, the upper of b:
-inline __m512 SumHalves(Vec a, Vec b) {
-  return _mm512_add_ps(_mm512_mask_blend_ps(0xFF00, a.v, b.v),
-                       _mm512_shuffle_f32x4(a.v, b.v, 0x4E));
+inline Vec SumHalves(Vec a, Vec b) {
+  return Vec(_mm512_mask_blend_ps(0xFF00, a.v, b.v)) + Vec(_mm512_shuffle_f32x4(a.v, b.v, 0x4E));
 }
-// Of each 128 bits, the lower 64 are of a, the upper of b.
-inline __m512 SumQuarters(__m512 a, __m512 b) {
-  const __m512d x = _mm512_castps_pd(a), y = _mm512_castps_pd(b);
-  return _mm512_add_ps(_mm512_castpd_ps(_mm512_mask_blend_pd(0xAA, x, y)),
-                       _mm512_castpd_ps(_mm512_shuffle_pd(x, y, 0x55)));
+// Of each 128 bits, the lower 64 are of a, the upper of b. (V: Vec, or numbers of 16 bits.)
+template <typename V>
+inline V SumQuarters(V a, V b) {
+  const __m512d x = (__m512d)a.v, y = (__m512d)b.v;
+  return V((decltype(a.v))_mm512_mask_blend_pd(0xAA, x, y)) +
+         V((decltype(a.v))_mm512_shuffle_pd(x, y, 0x55));
 }
 // 128 bits each are of: a's lower half, a's upper half, b's two.
-inline __m512 SumLanes(__m512 a, __m512 b) {
-  return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD));
+inline Vec SumLanes(Vec a, Vec b) {
+  return Vec(_mm512_shuffle_f32x4(a.v, b.v, 0x88)) + Vec(_mm512_shuffle_f32x4(a.v, b.v, 0xDD));
 }
 
 // Of each 128 bits, the lower 64 are of a, the upper of b: sums of neighbours.
-inline Vec SumPairs(__m512 a, __m512 b) {
-  return Vec(_mm512_add_ps(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xDD)));
+template <typename V>
+inline V SumPairs(V a, V b) {
+  const __m512 x = (__m512)a.v, y = (__m512)b.v;
+  return V((decltype(a.v))_mm512_shuffle_ps(x, y, 0x88)) +
+         V((decltype(a.v))_mm512_shuffle_ps(x, y, 0xDD));
 }
 
 // Lane i is the sum of p[i].
 inline Vec SumEach(const Vec (&p)[16]) {
-  __m512 x[8];
+  Vec x[8];
   for (int i = 0; i < 4; ++i) {
     x[i] = SumHalves(p[i], p[i + 4]);
     x[i + 4] = SumHalves(p[i + 8], p[i + 12]);
   }
-  const __m512 even = SumLanes(SumQuarters(x[0], x[1]), SumQuarters(x[4], x[5]));
-  const __m512 odd = SumLanes(SumQuarters(x[2], x[3]), SumQuarters(x[6], x[7]));
+  const Vec even = SumLanes(SumQuarters(x[0], x[1]), SumQuarters(x[4], x[5]));
+  const Vec odd = SumLanes(SumQuarters(x[2], x[3]), SumQuarters(x[6], x[7]));
   return SumPairs(even, odd);
 }
 
 // Lane 4 h + i is the sum of the four lanes 4 h and up of p[i].
-inline Vec SumEach(const Vec (&p)[4]) {
-  const __m512 even = SumQuarters(p[0].v, p[1].v), odd = SumQuarters(p[2].v, p[3].v);
-  return SumPairs(even, odd);
+template <typename V>
+inline V SumFour(const V (&p)[4]) {
+  return SumPairs(SumQuarters(p[0], p[1]), SumQuarters(p[2], p[3]));
 }
+inline Vec SumEach(const Vec (&p)[4]) { return SumFour(p); }
 
 // Of each four lanes: with its two halves swapped, with each half's two lanes swapped, and one lane
 // in all of them.

@@ -243,8 +243,9 @@ struct Tile {
       AddPair(a, lda, w, i, sums);
     }
     UNROLL for (int r = 0; r < kRows; ++r) {
-      UNROLL for (int v = 0; v < kTileVecs; ++v)
-          StoreSum(sums[r][v], c + r * ldc + v * kWidth, add);
+      UNROLL for (int v = 0; v < kTileVecs; ++v) {
+        StoreSum(sums[r][v], c + r * ldc + v * kWidth, add);
+      }
     }
   }
 };

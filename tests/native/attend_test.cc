@@ -218,8 +218,7 @@ void CheckTables(int num_heads, int head_dim, const std::vector<int32_t>& lens, 
   for (NumberType type : {NumberType::kFloat32, NumberType::kBf16, NumberType::kFp16}) {
     for (const Ops* ops : AvailableOps()) {
       const AttendCase test(num_heads, head_dim, lens, spread, type, *ops);
-      const bool takes = type != NumberType::kFp16 || (ops->takes_fp16 && test.layout.heads > 1);
-      if (takes) CheckAttend(*ops, test);
+      if (type != NumberType::kFp16 || test.layout.fp16) CheckAttend(*ops, test);
     }
   }
 }
