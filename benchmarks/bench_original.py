@@ -30,8 +30,9 @@ from tt_fast import Checkpoint, ModelConfig, PlanConfig, TrajectoryTransformer, 
 from tt_fast.bench import SETTINGS, TASKS, make_case
 from tt_fast.compat.jannerm import beam_plan as compat_beam_plan
 from tt_fast.config import DEFAULT_DISCOUNT, Precision
+from tt_fast.limits import available_cpus
 from tt_fast.measure import Case, Ceiling, RowCount, count_rows, first_norm, rows_asked
-from tt_fast.planning.cpu import CpuBackend, available_cpus
+from tt_fast.planning.cpu import CpuBackend
 from tt_fast.tables import Column, head_line, row_line, short
 from tt_fast.tradeoff import PlayOptions
 

@@ -21,9 +21,10 @@ from torch import nn
 from tt_fast import PlanConfig
 from tt_fast.bench import SETTINGS, TASKS, Judge, make_case
 from tt_fast.config import Precision
+from tt_fast.limits import available_cpus
 from tt_fast.measure import Case, Ceiling, count_work, rows_asked
 from tt_fast.planning import PlanBackend, make_backend
-from tt_fast.planning.cpu import CpuBackend, available_cpus
+from tt_fast.planning.cpu import CpuBackend
 
 #: (engine, dtype), plans timed at each setting; 0: none.
 ENGINES: dict[tuple[str, Precision], tuple[int, int]] = {

@@ -39,8 +39,8 @@ from torch import Tensor
 
 from tt_fast import ModelConfig, TrainConfig, TrajectoryTransformer
 from tt_fast.bench import TASKS
+from tt_fast.limits import available_cpus
 from tt_fast.measure import Ceiling
-from tt_fast.planning.cpu import available_cpus
 from tt_fast.tables import Column, head_line, row_line, short
 from tt_fast.training import fused_loss
 from tt_fast.training.optimizer import build_optimizer

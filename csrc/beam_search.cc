@@ -1,7 +1,5 @@
 #include "beam_search.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -20,10 +18,6 @@ constexpr double kWaveBytes = 128e6;
 constexpr double kDeadlineMargin = 1.25;
 
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
-
-double PhysicalBytes() {
-  return static_cast<double>(sysconf(_SC_PHYS_PAGES)) * static_cast<double>(sysconf(_SC_PAGESIZE));
-}
 
 // (rows, ...) -> (times * rows, ...), in blocks.
 template <typename T>
@@ -46,8 +40,9 @@ void GatherRows(std::vector<T>& rows, const int32_t* order, int kept, size_t wid
 }  // namespace
 
 BeamSearch::BeamSearch(std::shared_ptr<const Model> model, std::vector<uint8_t> hidden,
-                       int num_threads)
+                       int num_threads, double max_bytes)
     : model_(std::move(model)),
+      max_bytes_(max_bytes),
       pool_(num_threads),
       tree_(*model_, hidden),
       decoder_(*model_, pool_) {
@@ -475,7 +470,7 @@ int BeamSearch::WaveSize(const PlanSettings& settings) const {
   return std::max(1, static_cast<int>(kWaveBytes / NodeBytes() / LimitsOf(settings, 1).max_nodes));
 }
 
-// Refuses what the machine cannot hold, before the system takes it at its word.
+// Refuses what memory cannot hold, before the system takes it at its word.
 void BeamSearch::Reserve(const TreeLimits& limits) {
   const double nodes = double(limits.num_contexts) * limits.max_nodes;
   const double rows = double(limits.num_contexts) * limits.max_rows;
@@ -485,10 +480,11 @@ void BeamSearch::Reserve(const TreeLimits& limits) {
       nodes * (NodeBytes() + sizeof(float) * (shape.width() + shape.attn_width())) +
       sizeof(float) * rows * shape.logits_width() +
       2.0 * sizeof(int32_t) * rows * (limits.max_tokens + double(limits.max_len));
-  if (bytes > PhysicalBytes()) {
+  if (bytes > max_bytes_) {
     throw std::length_error("beam_width: expected a search that fits in memory, got " +
                             std::to_string(limits.max_rows) + " rows, which may need " +
-                            std::to_string(std::llround(bytes / 1e9)) + " GB");
+                            std::to_string(std::llround(bytes / 1e9)) + " GB of " +
+                            std::to_string(std::llround(max_bytes_ / 1e9)));
   }
   tree_.Reserve(limits);
   decoder_.Reserve(tree_.max_total_nodes(), model_->shape.goal_len + limits.max_len);

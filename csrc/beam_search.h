@@ -7,6 +7,7 @@
 #include <chrono>
 #include <cstdint>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -91,7 +92,9 @@ struct PlanStats {
 // One model's planner; calls must not overlap.
 class BeamSearch {
  public:
-  BeamSearch(std::shared_ptr<const Model> model, std::vector<uint8_t> hidden, int num_threads);
+  // max_bytes: what may be used at once; a search that may need more is refused.
+  BeamSearch(std::shared_ptr<const Model> model, std::vector<uint8_t> hidden, int num_threads,
+             double max_bytes = std::numeric_limits<double>::infinity());
 
   std::vector<PlanResult> Plan(const PlanSettings& settings, const PlanRequest& request);
   SearchResult Search(const SearchRequest& request);
@@ -152,6 +155,7 @@ class BeamSearch {
   void Reserve(const TreeLimits& limits);
 
   std::shared_ptr<const Model> model_;
+  const double max_bytes_;
   ThreadPool pool_;
   TokenTree tree_;
   Decoder decoder_;

@@ -132,14 +132,15 @@ std::shared_ptr<Model> MakeModel(int observation_dim, int action_dim, int vocab_
 // A BeamSearch for Python: one call at a time, others wait without the interpreter's lock.
 class PyBeamSearch {
  public:
-  PyBeamSearch(std::shared_ptr<const Model> model, const py::array& hidden, int num_threads)
+  PyBeamSearch(std::shared_ptr<const Model> model, const py::array& hidden, int num_threads,
+               double max_bytes)
       : shape_(model->shape) {
     const auto array = Require<uint8_t>("hidden", hidden, {shape_.goal_len + shape_.block_size()});
     if (array.data()[0]) Refuse("hidden", "a first position that can be seen", "1");
     InRange("num_threads", num_threads, 1, 1024);
     search_ = std::make_unique<BeamSearch>(
         std::move(model), std::vector<uint8_t>(array.data(), array.data() + array.size()),
-        num_threads);
+        num_threads, max_bytes);
   }
 
   // One argument a setting: Python's keywords are the interface, and its errors name them.
@@ -475,8 +476,8 @@ PYBIND11_MODULE(_core, m) {
            "weights"_a, "dtype"_a, "isa"_a)
       .def_property_readonly("isa", [](const Model& model) { return model.ops.name; });
   py::class_<PyBeamSearch>(m, "BeamSearch", type, py::is_final())
-      .def(py::init<std::shared_ptr<const Model>, const py::array&, int>(), "model"_a, "hidden"_a,
-           "num_threads"_a)
+      .def(py::init<std::shared_ptr<const Model>, const py::array&, int, double>(), "model"_a,
+           "hidden"_a, "num_threads"_a, "max_bytes"_a)
       .def("plan", &PyBeamSearch::Plan, "contexts"_a, py::kw_only(), "horizon"_a, "beam_width"_a,
            "n_expand"_a, "discount"_a, "max_len"_a, "temperature"_a, "k_obs"_a, "k_act"_a,
            "k_rew"_a, "cdf_obs"_a, "cdf_act"_a, "cdf_rew"_a, "percentile"_a, "thresholds"_a,

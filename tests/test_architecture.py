@@ -20,7 +20,7 @@ PACKAGE = ROOT / "tt_fast"
 
 # A module imports from the layers above its own, and within it without a circle.
 LAYERS = (
-    {"config", "files", "presets", "validate"},
+    {"config", "files", "limits", "presets", "validate"},
     {"data", "discretizer", "encoding"},
     {"kernels", "model"},
     {"formats"},

@@ -32,7 +32,9 @@ class Model:
 class BeamSearch:
     """A planner; calls from several threads wait for each other."""
 
-    def __init__(self, model: Model, hidden: NDArray[np.uint8], num_threads: int) -> None: ...
+    def __init__(
+        self, model: Model, hidden: NDArray[np.uint8], num_threads: int, max_bytes: float
+    ) -> None: ...
     def plan(
         self,
         contexts: Sequence[NDArray[np.int64]],

@@ -24,6 +24,7 @@ from tt_fast.data.windows import (
     token_dtype,
 )
 from tt_fast.discretizer import Discretizer
+from tt_fast.limits import memory_limit
 from tt_fast.validate import require
 
 Tokens = NDArray[np.integer[Any]]
@@ -90,8 +91,8 @@ def _choose_file(storage: TokenStorage, num_bytes: int, folder: str | Path | Non
         require(folder is not None, "folder", 'a folder, for token_storage="file"', folder)
     if storage != "auto" or folder is None:
         return storage == "file"
-    available = _available_memory()
-    return available is not None and num_bytes > available // _MEMORY_SHARE
+    known = [size for size in (_available_memory(), memory_limit()) if size is not None]
+    return bool(known) and num_bytes > min(known) // _MEMORY_SHARE
 
 
 def _available_memory() -> int | None:

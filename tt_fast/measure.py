@@ -28,10 +28,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tt_fast.checkpoint import origin
 from tt_fast.config import ModelConfig, PlanConfig
 from tt_fast.discretizer import Discretizer, Tokens
+from tt_fast.limits import available_cpus
 from tt_fast.model import TrajectoryTransformer
 from tt_fast.planning import BeamPlan, PlanBackend, make_backend
 from tt_fast.planning.base import Draws
-from tt_fast.planning.cpu import CpuBackend, available_cpus, available_isas, is_available
+from tt_fast.planning.cpu import CpuBackend, available_isas, is_available
 from tt_fast.planning.reference import window_len, window_start
 
 _SEED = 1

@@ -123,7 +123,7 @@ class Bench(Command):
 
     def _options(self) -> BenchOptions:
         from tt_fast.bench import BenchOptions
-        from tt_fast.planning.cpu import available_cpus
+        from tt_fast.limits import available_cpus
 
         return BenchOptions(
             num_threads=self.threads or available_cpus(),

@@ -6,6 +6,7 @@ The core is csrc/, built as `tt_fast._core`; where no compiler was at hand it is
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from tt_fast.config import PlanConfig, Precision
 from tt_fast.discretizer import Discretizer, Tokens
+from tt_fast.limits import available_cpus, memory_limit
 from tt_fast.model import TrajectoryTransformer, attention_mask
 from tt_fast.planning.base import BeamPlan, BeamSequence, Draws, PlanTrace, ValueFn
 from tt_fast.planning.fingerprint import fingerprint
@@ -35,11 +37,6 @@ def is_available() -> bool:
 def available_isas() -> list[str]:
     """Instruction sets that were compiled in and run here, fastest first; [] without the core."""
     return _core.isas() if is_available() else []
-
-
-def available_cpus() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
@@ -83,7 +80,7 @@ class CpuBackend:
     Args:
         model: its weights are copied to the processor.
         discretizer: its thresholds turn probabilities into rewards; `search` needs none.
-        num_threads: None takes every processor that this process may use.
+        num_threads: None takes every processor that this process, or its container, may use.
         isa: an instruction set of `available_isas`, or "auto".
 
     Raises:
@@ -234,7 +231,9 @@ class CpuBackend:
             searches.clear()
             self._packed_weights = weights
         if dtype not in searches:
-            searches[dtype] = _core.BeamSearch(self._pack(dtype), self._hidden, self.num_threads)
+            searches[dtype] = _core.BeamSearch(
+                self._pack(dtype), self._hidden, self.num_threads, memory_limit() or math.inf
+            )
         return searches[dtype]
 
     def _own_searches(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from tt_fast.files import to_json, write_text
-from tt_fast.planning.cpu import available_cpus
+from tt_fast.limits import available_cpus
 from tt_fast.sweep.trial import (
     FailedAttempt,
     SweepConfig,
