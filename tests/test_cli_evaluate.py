@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 from command_line import BEAM, TOY, collect_toy, ctrl_c, refuse, run, save_model
+from toy_env import ToyEnv
 
 from tt_fast.checkpoint import Checkpoint
 from tt_fast.config import ModelConfig
@@ -83,6 +84,33 @@ def test_evaluate_interrupted(capsys, tmp_path, model, monkeypatch):
     [result] = json.loads(out.read_text())["results"]
     assert result["interrupted"] is True
     assert 1 < len(result["returns"]) < 9
+
+
+def test_finished_episodes_outlive_an_error(capsys, tmp_path, model, monkeypatch):
+    out = tmp_path / "result.json"
+    argv = ["evaluate", model, "--seeds", 0, 9, "--episodes", 9, "--no-progress", *BEAM]
+    run(*argv, "--out", tmp_path / "whole.json")
+    first, second = json.loads((tmp_path / "whole.json").read_text())["results"]
+    step, num_steps = ToyEnv.step, []
+
+    def step_without_end(self, action):
+        num_steps.append(1)
+        observation, reward, *rest = step(self, action)
+        broken = len(num_steps) == sum(first["lengths"]) + sum(second["lengths"][:5]) + 1
+        return observation, float("nan") if broken else reward, *rest
+
+    monkeypatch.setattr(ToyEnv, "step", step_without_end)
+    capsys.readouterr()
+    run(*argv, "--out", out, status=2)
+    assert "reward: expected" in capsys.readouterr().err
+    kept, part = json.loads(out.read_text())["results"]
+    assert (kept["returns"], kept["interrupted"]) == (first["returns"], False)
+    assert (part["returns"], part["interrupted"]) == (second["returns"][:5], True)
+    assert part["checkpoint"] == str(model)
+    monkeypatch.undo()
+    run(*argv, "--out", out, "--resume")
+    results = json.loads(out.read_text())["results"]
+    assert [result["returns"] for result in results] == [first["returns"], second["returns"]]
 
 
 def test_evaluate_interrupted_with_nothing_to_keep(capsys, tmp_path, model, monkeypatch):

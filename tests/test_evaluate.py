@@ -274,6 +274,22 @@ def test_interruption_before_the_first_end_is_raised(monkeypatch):
         play(InterruptedPlanner(), episodes=6, num_envs=2)
 
 
+def test_results_so_far_are_handed_out_as_episodes_end():
+    parts = []
+    whole = play(episodes=6, num_envs=2, record=True, on_episode=parts.append)
+    assert not whole.interrupted
+    assert all(part.interrupted for part in parts)
+    sizes = [len(part.returns) for part in parts]
+    assert sizes == sorted(set(sizes)) and sizes[0] < 3 and sizes[-1] < 6  # noqa: PT018
+    for part in parts:
+        assert set(part.returns) <= set(whole.returns)
+        assert part.num_decisions >= sum(part.lengths)
+        assert part.wall_seconds <= whole.wall_seconds
+    alone = []
+    play(episodes=1, on_episode=alone.append)
+    assert alone == []
+
+
 def test_environments_are_closed_when_a_step_fails(monkeypatch):
     closed = []
     monkeypatch.setattr(ToyEnv, "close", lambda self: closed.append(self))

@@ -11,7 +11,7 @@ import math
 import tempfile
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +45,7 @@ def evaluate(
     max_steps: int | None = None,
     record: bool = False,
     progress: bool = True,
+    on_episode: Callable[[EvalResult], None] | None = None,
 ) -> EvalResult:
     """Let a planner play some episodes and score it.
 
@@ -63,6 +64,8 @@ def evaluate(
         max_steps: end every episode after so many steps; needed where there is no time limit.
         record: keep the first episode in the result.
         progress: show a progress bar.
+        on_episode: called when an episode has ended and others go on, with the result so far, which
+            says that it is interrupted.
 
     Raises:
         ImportError: Gymnasium, MuJoCo or what a video needs is missing.
@@ -90,12 +93,13 @@ def evaluate(
         env_id = envs[0].env_id
     try:
         check_env(envs[0], planner.checkpoint.model.config, max_steps)
-        rollouts = _Rollouts(planner, envs, seed, max_steps, record or video is not None)
-        rollouts.play(episodes, progress)
+        setting = pooled_setting(planner, env_id, max_steps)
+        rollouts = _Rollouts(planner, envs, seed, setting, record or video is not None)
+        rollouts.play(episodes, progress, on_episode)
     finally:
         for control_env in envs if env is None else []:
             control_env.close()
-    result = rollouts.result(planner, env_id)
+    result = rollouts.result()
     if video is not None and result.record is None:
         warnings.warn("no video was written: its episode was not finished", stacklevel=2)
     elif video is not None and result.record is not None:
@@ -179,64 +183,79 @@ class _Rollouts:
         planner: Planner,
         envs: Sequence[ControlEnv],
         seed: int,
-        max_steps: int | None,
+        setting: dict[str, Any],
         record: bool,
     ) -> None:
+        self._checkpoint_step = planner.checkpoint.metadata.get("step")
         self._planner = planner.replicate(len(envs), envs[0].action_bounds)
         self._envs = envs
-        self._seed, self._max_steps, self._record = seed, max_steps, record
+        self._seed, self._setting, self._record = seed, setting, record
         # an environment without its wrappers knows its time limit and does not keep it
-        limits = [steps for steps in (max_steps, envs[0].max_episode_steps) if steps is not None]
-        self._step_limit = min(limits)
+        limits = (setting["max_steps"], envs[0].max_episode_steps)
+        self._step_limit = min(steps for steps in limits if steps is not None)
         self._running: dict[int, _Episode] = {}  # by environment
         self._finished: list[_Episode] = []
         self._num_started = 0
         self._num_decisions = 0
         self._planner_seconds = 0.0
-        self._wall_seconds = 0.0
-        self._interrupted = False
+        self._start = self._end = time.perf_counter()
+        self._interrupted = True
 
-    def play(self, episodes: int, progress: bool) -> None:
+    def play(
+        self,
+        episodes: int,
+        progress: bool,
+        on_episode: Callable[[EvalResult], None] | None,
+    ) -> None:
         """Play so many episodes; Ctrl-C ends it early if one is finished."""
-        start = time.perf_counter()
+        self._start = time.perf_counter()
         try:
-            self._play(episodes, progress)
+            self._play(episodes, progress, on_episode)
+            self._interrupted = False
         except KeyboardInterrupt:
             if not self._finished:
                 raise
-            self._interrupted = True
-        self._wall_seconds = time.perf_counter() - start
+        self._end = time.perf_counter()
 
-    def result(self, planner: Planner, env_id: str) -> EvalResult:
+    def result(self) -> EvalResult:
         """What was played, in the order of the seeds."""
         finished = sorted(self._finished, key=lambda episode: episode.idx)
         recorder = finished[0].recorder
         return EvalResult(
-            **pooled_setting(planner, env_id, self._max_steps),
+            **self._setting,
             returns=tuple(math.fsum(episode.rewards) for episode in finished),
             seed=self._seed,
             lengths=tuple(len(episode.rewards) for episode in finished),
             terminated=tuple(episode.terminated for episode in finished),
-            backend=planner.backend_name,
+            backend=self._planner.backend_name,
             num_envs=len(self._envs),
             num_decisions=self._num_decisions,
             seconds=self._planner_seconds,
-            wall_seconds=self._wall_seconds,
+            wall_seconds=self._end - self._start,
             interrupted=self._interrupted,
-            checkpoint_step=planner.checkpoint.metadata.get("step"),
+            checkpoint_step=self._checkpoint_step,
             versions={**origin()["versions"], **engine_versions()},
             record=None if recorder is None else recorder.record(),
         )
 
-    def _play(self, episodes: int, progress: bool) -> None:
+    def _play(
+        self,
+        episodes: int,
+        progress: bool,
+        on_episode: Callable[[EvalResult], None] | None,
+    ) -> None:
         # miniters=0: the bar also moves within an episode, which can take minutes
         with tqdm(total=episodes, unit="episode", miniters=0, disable=not progress) as bar:
             while len(self._finished) < episodes:
                 self._fill(episodes)
-                num_finished = len(self._finished)
+                before = len(self._finished)
                 self._step()
+                num_finished = len(self._finished)
                 bar.set_postfix(self._postfix(), refresh=False)
-                bar.update(len(self._finished) - num_finished)
+                bar.update(num_finished - before)
+                if on_episode is not None and before < num_finished < episodes:
+                    self._end = time.perf_counter()
+                    on_episode(self.result())
 
     def _fill(self, episodes: int) -> None:
         """Start episodes in the environments that are free, while there are any to start."""

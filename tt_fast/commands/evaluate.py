@@ -57,7 +57,7 @@ class Evaluate(Command):
     deadline_ms: float | None = None
     """Milliseconds for one decision: the best plan found in this time (cpu backend)."""
     out: Path | None = None
-    """JSON file to write, after every checkpoint and seed."""
+    """JSON file to write, after every episode."""
     resume: bool = False
     """Keep the finished results in --out, which must be of these models and settings, and play what
     is missing."""
@@ -77,7 +77,7 @@ class Evaluate(Command):
     results: list[Any] = field(default_factory=list, init=False)
 
     def run(self) -> None:
-        from tt_fast.evaluate import aggregate
+        from tt_fast.results import aggregate
 
         self._check()
         dataset = self._load_dataset()
@@ -91,8 +91,7 @@ class Evaluate(Command):
             result = self._evaluate(planners[folder], folder, seed, video)
             video = None
             self.results.append(result)
-            if self.out is not None:
-                aggregate(self.results).save(self.out)
+            self._save(*self.results)
             print(f"{folder}, seed {seed}: {result}")
             if result.interrupted:
                 raise KeyboardInterrupt
@@ -103,7 +102,7 @@ class Evaluate(Command):
             _save_histogram(self.histogram, dataset, summary.returns)
 
     def saved(self) -> str:
-        if self.out is None or not self.results:
+        if self.out is None or not self.out.exists():
             return "no result was written"
         return f"finished episodes are in {self.out}"
 
@@ -207,6 +206,9 @@ class Evaluate(Command):
     ) -> EvalResult:
         from tt_fast.evaluate import evaluate
 
+        def keep(so_far: EvalResult) -> None:
+            self._save(*self.results, _named(so_far, folder))
+
         result = evaluate(
             planner,
             self.env_id,
@@ -216,8 +218,19 @@ class Evaluate(Command):
             video,
             max_steps=self.max_steps,
             progress=not self.no_progress,
+            on_episode=keep,
         )
-        return dataclasses.replace(result, checkpoint=str(folder))
+        return _named(result, folder)
+
+    def _save(self, *results: EvalResult) -> None:
+        from tt_fast.results import aggregate
+
+        if self.out is not None:
+            aggregate(results).save(self.out)
+
+
+def _named(result: EvalResult, checkpoint: Path) -> EvalResult:
+    return dataclasses.replace(result, checkpoint=str(checkpoint))
 
 
 def _is_of(result: EvalResult, checkpoint: Path) -> bool:
