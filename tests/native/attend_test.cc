@@ -3,11 +3,11 @@
 #include <cmath>
 
 #include "check.h"
-#include "isa.h"
 #include "model.h"
 #include "ops.h"
 #include "oracle.h"
 #include "random.h"
+#include "tables.h"
 
 namespace tt::test {
 namespace {
@@ -216,7 +216,7 @@ void CheckAttend(const Ops& ops, const AttendCase& test) {
 
 void CheckTables(int num_heads, int head_dim, const std::vector<int32_t>& lens, double spread) {
   for (NumberType type : {NumberType::kFloat32, NumberType::kBf16, NumberType::kFp16}) {
-    for (const Ops* ops : AvailableOps()) {
+    for (const Ops* ops : TestedOps()) {
       const AttendCase test(num_heads, head_dim, lens, spread, type, *ops);
       if (type != NumberType::kFp16 || test.layout.fp16) CheckAttend(*ops, test);
     }
@@ -247,7 +247,7 @@ TEST(AttendSharply) {
 }
 
 TEST(AttendInFp16IsTwiceAsNearAsBf16) {
-  for (const Ops* ops : AvailableOps()) {
+  for (const Ops* ops : TestedOps()) {
     if (!ops->takes_fp16) continue;
     for (double spread : {0.3, 1.0, 2.0, 6.0}) {
       for (int head_dim : {5, 16, 24, 32}) CheckFp16Errors(*ops, 4, head_dim, spread);
@@ -259,7 +259,7 @@ TEST(AttendInFp16IsTwiceAsNearAsBf16) {
 // Scores, and sums of values, near the end of float16's range; equal weights are 1 each before they
 // are normalised.
 TEST(AttendToLargeNumbersInFp16) {
-  for (const Ops* ops : AvailableOps()) {
+  for (const Ops* ops : TestedOps()) {
     if (!ops->takes_fp16) continue;
     AttendCase test(4, 32, {200, 200, 63}, 1.0, NumberType::kFp16, *ops);
     const auto fill = [&](float query, float key, float value) {

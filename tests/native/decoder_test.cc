@@ -10,6 +10,7 @@
 #include "oracle.h"
 #include "random.h"
 #include "small_models.h"
+#include "tables.h"
 
 namespace tt::test {
 namespace {
@@ -77,7 +78,7 @@ double LargestError(const std::vector<float>& got, const Doubles& want) {
 }
 
 struct Errors {
-  std::vector<double> of_table;  // largest, as AvailableOps; the last one is the scalar table's
+  std::vector<double> of_table;  // largest, as TestedOps; the last one is the scalar table's
   double magnitude = 0.0;        // largest logit
 };
 
@@ -85,7 +86,7 @@ Errors MeasureErrors(const Shape& shape, bool bf16) {
   const RandomWeights weights(0);
   const std::vector<uint8_t> hidden = HiddenValues(shape);
   Errors errors;
-  for (const Ops* ops : AvailableOps()) {
+  for (const Ops* ops : TestedOps()) {
     const Model model(shape, weights, *ops, bf16);
     FreshEncoder fresh(model, shape.block_size());
     Random random(1);
@@ -105,7 +106,7 @@ Errors MeasureErrors(const Shape& shape, bool bf16) {
 }  // namespace
 
 TEST(IncrementalLogitsEqualFreshOnes) {
-  for (const Ops* ops : AvailableOps()) {
+  for (const Ops* ops : TestedOps()) {
     for (const Shape& shape : SmallShapes()) CheckIncremental(shape, *ops, false, 1);
     for (int i : {1, 5, 6}) CheckIncremental(SmallShapes()[i], *ops, true, 1);
     CheckIncremental(WithGoal(SmallShapes()[0]), *ops, false, 1);
@@ -139,7 +140,7 @@ TEST(LogitsEqualDoublePrecision) {
       const Context context(Text("embed", shape.embed_dim, bf16 ? "bf16" : "fp32"));
       CHECK_LE(scalar, roundings * rounding * errors.magnitude);
       for (size_t i = 0; i < errors.of_table.size(); ++i) {
-        const Context table(AvailableOps()[i]->name);
+        const Context table(TestedOps()[i]->name);
         CHECK_LE(errors.of_table[i], 2 * scalar + 16 * kRounding * errors.magnitude);
       }
     }

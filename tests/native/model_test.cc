@@ -12,6 +12,7 @@
 #include "isa.h"
 #include "oracle.h"
 #include "small_models.h"
+#include "tables.h"
 
 namespace tt::test {
 namespace {
@@ -259,7 +260,7 @@ std::vector<const Ops*> TablesOfModels() {
     ops.takes_fp16 = true;
     return ops;
   }();
-  std::vector<const Ops*> tables = AvailableOps();
+  std::vector<const Ops*> tables = TestedOps();
   tables.push_back(&half);
   return tables;
 }

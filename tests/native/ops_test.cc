@@ -8,10 +8,10 @@
 
 #include "bfloat16.h"
 #include "check.h"
-#include "isa.h"
 #include "oracle.h"
 #include "random.h"
 #include "small_models.h"
+#include "tables.h"
 
 namespace tt::test {
 namespace {
@@ -114,7 +114,7 @@ void CheckGemm(const Ops& ops, const GemmCase& test, const PackedMatrix& packed,
 
 void CheckGemmCase(int k, int n, int num_cols, NumberType type) {
   const GemmCase test(k, n, num_cols, type);
-  for (const Ops* ops : AvailableOps()) {
+  for (const Ops* ops : TestedOps()) {
     if (type == NumberType::kFp16 && !ops->takes_fp16) continue;
     const PackedMatrix packed = test.Pack(*ops);
     for (bool add : {false, true}) {
@@ -220,7 +220,7 @@ TEST(GemmFp16IsNoWorseThanBf16) {
 
 // Inputs on both sides of, and exactly at, the middle between two bfloat16 numbers.
 TEST(NumbersAreRoundedToNearestEven) {
-  for (const Ops* ops : AvailableOps()) {
+  for (const Ops* ops : TestedOps()) {
     const Context context(ops->name);
     PackedMatrix ones(32, 32, ops->panel_width, true);
     for (int col = 0; col < 32; ++col) ones.Set(col, col, 1.0f);
@@ -243,7 +243,7 @@ TEST(NumbersAreRoundedToNearestEven) {
 }
 
 TEST(LayerNormRows) {
-  for (const Ops* ops : AvailableOps()) {
+  for (const Ops* ops : TestedOps()) {
     for (int width : {1, 2, 5, 16, 20, 31, 32, 33, 64, 100, 128, 257}) {
       CheckLayerNorm(*ops, width, 0.0, 1.0);
       CheckLayerNorm(*ops, width, 0.0, 1e-3);
@@ -258,7 +258,7 @@ TEST(GeluRows) {
   std::vector<float> x = {0.0f, -0.0f, 1e-30f, -1e-30f, 1e-40f, 30.0f, -30.0f, 1e3f, -1e3f, 1e30f};
   for (int i = -8000; i <= 8000; ++i) x.push_back(static_cast<float>(i) * 1e-3f);
   x = Padded(x);
-  for (const Ops* ops : AvailableOps()) {
+  for (const Ops* ops : TestedOps()) {
     std::vector<float> out = x;
     ops->gelu(out.data(), out.size());
     for (size_t i = 0; i < x.size(); ++i) {
@@ -271,7 +271,7 @@ TEST(GeluRows) {
 }
 
 TEST(SoftmaxRows) {
-  for (const Ops* ops : AvailableOps()) {
+  for (const Ops* ops : TestedOps()) {
     for (int n = 1; n <= 70; ++n) CheckSoftmax(*ops, n, 2.0, n % 2 == 0);
     for (int n : {7, 32, 101, 257}) {
       CheckSoftmax(*ops, n, 0.0, false);
@@ -284,7 +284,7 @@ TEST(SoftmaxRows) {
 
 TEST(SoftmaxOfMinusInfinity) {
   constexpr float kInf = std::numeric_limits<float>::infinity();
-  for (const Ops* ops : AvailableOps()) {
+  for (const Ops* ops : TestedOps()) {
     const Context context(ops->name);
     std::vector<float> x = Padded({-kInf, 1.0f, -kInf, 1.0f, -1000.0f}), probs(x.size());
     ops->softmax(x.data(), 5, probs.data());
@@ -294,7 +294,7 @@ TEST(SoftmaxOfMinusInfinity) {
 }
 
 TEST(PeakLoopsCount) {
-  for (const Ops* ops : AvailableOps()) {
+  for (const Ops* ops : TestedOps()) {
     for (bool bf16 : {false, true}) {
       const double one = ops->peak_loop(1, bf16);
       CHECK(one > 0.0);

@@ -11,6 +11,7 @@
 #include "philox.h"
 #include "plan_cases.h"
 #include "small_models.h"
+#include "tables.h"
 
 namespace tt::test {
 namespace {
@@ -81,7 +82,7 @@ bool IsNearTie(const Shape& shape, const PlanSettings& settings, const PlanReque
 }  // namespace
 
 TEST(PlansEqualTheNaiveSearch) {
-  for (const Ops* ops : AvailableOps()) {
+  for (const Ops* ops : TestedOps()) {
     for (const Shape& shape : SmallShapes()) {
       CheckAgainstNaive(*ops, false, shape, MakeSettings(shape));
     }
@@ -103,7 +104,7 @@ TEST(PlansDoNotDependOnThreads) {
       CheckSame(MakeSearch(shape, ops, bf16, num_threads).Plan(settings, request), want);
     }
   };
-  for (const Ops* ops : AvailableOps()) {
+  for (const Ops* ops : TestedOps()) {
     for (const Shape& shape : SmallShapes()) check(*ops, shape, false);
     for (int i : {1, 5, 6}) check(*ops, SmallShapes()[i], true);
   }
@@ -116,7 +117,7 @@ TEST(PlansOfAllTablesAreEqual) {
     for (const PlanSettings& settings : {MakeSettings(shape), MakeTruncatedSettings(shape)}) {
       const PlanRequest request = MakeRequest(shape);
       const auto want = MakeSearch(shape, *ScalarOps(), false, 1).Plan(settings, request);
-      for (const Ops* ops : AvailableOps()) {
+      for (const Ops* ops : TestedOps()) {
         const auto got = MakeSearch(shape, *ops, false, 2).Plan(settings, request);
         for (size_t i = 0; i < want.size(); ++i) {
           const Context context(Text(ops->name, "embed", shape.embed_dim, "context", i));
@@ -135,7 +136,7 @@ TEST(PlansOfAllTablesAreEqual) {
 }
 
 TEST(ContextsTogetherEqualOneByOne) {
-  for (const Ops* ops : AvailableOps()) {
+  for (const Ops* ops : TestedOps()) {
     for (const Shape& shape : SmallShapes()) {
       const Context context(Text(ops->name, "embed", shape.embed_dim));
       const PlanSettings settings = MakeSettings(shape);
@@ -270,7 +271,7 @@ TEST(HugeWeightsDoNotCrash) {
   SearchRequest likely;
   likely.context = {1, 2};
   likely.num_tokens = 30;
-  for (const Ops* ops : AvailableOps()) {
+  for (const Ops* ops : TestedOps()) {
     for (double scale : {10.0, 1e10, 1e19, 1e30, 5e37}) {
       const Context context(Text(ops->name, "scale", scale));
       BeamSearch search = MakeSearch(shape, *ops, scale == 1e19, 2, scale);

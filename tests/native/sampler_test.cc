@@ -6,10 +6,10 @@
 #include <limits>
 
 #include "check.h"
-#include "isa.h"
 #include "oracle.h"
 #include "random.h"
 #include "small_models.h"
+#include "tables.h"
 
 namespace tt::test {
 namespace {
@@ -124,7 +124,7 @@ void CheckTruncation(const Ops& ops, const Floats& logits, float temperature,
 
 void CheckAllTruncations(const Floats& logits, float temperature) {
   const int num_ids = static_cast<int>(logits.size());
-  for (const Ops* ops : AvailableOps()) {
+  for (const Ops* ops : TestedOps()) {
     for (int k : {0, 1, 2, 5, num_ids - 1, num_ids}) {
       if (k > num_ids) continue;
       for (float cdf : {-1.0f, 0.0f, 0.05f, 0.6f, 0.999f, 1.0f}) {
@@ -162,7 +162,7 @@ TEST(TruncationsWithTies) {
 }
 
 TEST(TopKKeepsTies) {
-  for (const Ops* ops : AvailableOps()) {
+  for (const Ops* ops : TestedOps()) {
     Floats log_probs(5);
     Loaded(*ops, {3, 2, 2, 1, 2}, {.top_k = 2}).LogProbs(log_probs.data());
     for (int i : {0, 1, 2, 4}) CHECK(log_probs[i] > kMinusInfinity);
@@ -171,7 +171,7 @@ TEST(TopKKeepsTies) {
 }
 
 TEST(TopOneDraws) {
-  for (const Ops* ops : AvailableOps()) {
+  for (const Ops* ops : TestedOps()) {
     const Context context(ops->name);
     const Sampler one = Loaded(*ops, {0, 3, 1, 2}, {.top_k = 1});
     for (double u : {0.0, 0.5, kJustBelow1}) CHECK_EQ(one.Draw(u), 1);
@@ -188,7 +188,7 @@ TEST(TopOneDraws) {
 // A sampler forgets the last distribution, whatever its truncation was.
 TEST(SamplersAreReused) {
   const Floats first = {0, 9, 1}, second = {2, 2, -5};
-  for (const Ops* ops : AvailableOps()) {
+  for (const Ops* ops : TestedOps()) {
     Sampler sampler = Loaded(*ops, first, {.top_k = 1});
     CHECK_EQ(sampler.Draw(0.9), 1);
     sampler.Load(second.data(), 1.0f);
@@ -208,7 +208,7 @@ TEST(SamplerSurvivesNaNAndInfinity) {
                          {-kMinusInfinity, -kMinusInfinity, kMinusInfinity, 0},
                          Floats(4, kMinusInfinity),
                          Floats(40, -kMinusInfinity)};  // more than are sorted at once
-  for (const Ops* ops : AvailableOps()) {
+  for (const Ops* ops : TestedOps()) {
     for (const Floats& logits : rows) {
       for (int k : {0, 1, 2}) {
         for (float cdf : {-1.0f, 0.5f}) {

@@ -4,6 +4,7 @@
 #include "isa.h"
 #include "naive_search.h"
 #include "small_models.h"
+#include "tables.h"
 
 namespace tt::test {
 namespace {
@@ -20,7 +21,7 @@ SearchRequest MakeSearchRequest(const std::vector<int32_t>& context, int num_tok
 }  // namespace
 
 TEST(SearchesEqualTheNaiveOnes) {
-  for (const Ops* ops : AvailableOps()) {
+  for (const Ops* ops : TestedOps()) {
     for (bool with_goal : {false, true}) {
       for (bool truncated : {false, true}) {
         const Shape shape = with_goal ? WithGoal(SmallShapes()[0]) : SmallShapes()[1];

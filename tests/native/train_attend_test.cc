@@ -7,9 +7,9 @@
 
 #include "bfloat16.h"
 #include "check.h"
-#include "isa.h"
 #include "oracle.h"
 #include "random.h"
+#include "tables.h"
 #include "train_attention.h"
 
 namespace tt::test {
@@ -158,7 +158,7 @@ void CheckTrain(const TrainCase& test) {
   // of scores has it twice; then come the sums over numbers of a head and over tokens.
   const double relative =
       kRounding * (4.0 * (test.dim + 6) * want.largest_score + 8.0 * test.len + test.dim + 60);
-  for (const Ops* ops : AvailableOps()) {
+  for (const Ops* ops : TestedOps()) {
     const Context context(Text(ops->name, "windows", test.windows, "len", test.len, "heads",
                                test.heads, "dim", test.dim, test.bf16 ? "bf16" : "fp32",
                                test.keep.empty() ? "" : "dropout"));
@@ -216,7 +216,7 @@ TEST(TrainAttentionAnyMask) {
 TEST(TrainAttentionOfLongWindows) { CheckTrain({1, 131, 1, 32, false, true, HidesValues}); }
 
 TEST(TrainAttentionNeedsKeysInSight) {
-  for (const Ops* ops : AvailableOps()) {
+  for (const Ops* ops : TestedOps()) {
     TrainAttendArgs args{};
     args.len = 3;
     args.head_dim = 8;

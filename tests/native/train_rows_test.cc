@@ -5,9 +5,9 @@
 #include "aligned_buffer.h"
 #include "bfloat16.h"
 #include "check.h"
-#include "isa.h"
 #include "oracle.h"
 #include "random.h"
+#include "tables.h"
 
 namespace tt::test {
 namespace {
@@ -35,7 +35,7 @@ void CheckNumber(double got, double want, double magnitude, bool bf16) {
 void CheckGelu(size_t size, bool bf16) {
   Random random(size);
   Numbers x(bf16, random.Normals(size, 3.0)), out_grad(bf16, random.Normals(size));
-  for (const Ops* ops : AvailableOps()) {
+  for (const Ops* ops : TestedOps()) {
     const Context context(Text(ops->name, "size", size, bf16 ? "bf16" : "fp32"));
     Numbers out(bf16, std::vector<float>(size)), grad = out;
     TrainGeluArgs args{size, bf16, x.data(), nullptr, out.data()};
@@ -113,7 +113,7 @@ TrainNormArgs ArgsOf(NormCase& test) {
 }
 
 void CheckNorm(NormCase test) {
-  for (const Ops* ops : AvailableOps()) {
+  for (const Ops* ops : TestedOps()) {
     const Context context(Text(ops->name, "rows", test.rows, "width", test.width,
                                test.bf16 ? "bf16" : "fp32", test.keep.empty() ? "" : "dropout"));
     std::vector<float> sum(test.size()), stats(2 * test.rows), x_grad(test.size());
@@ -204,7 +204,7 @@ void CheckKeep(size_t size, int16_t first_kept) {
     for (int i = 0; i < 3; ++i) end[i * kKeepLanes + lane] = s[i];
   }
   want.resize(size);
-  for (const Ops* ops : AvailableOps()) {
+  for (const Ops* ops : TestedOps()) {
     const Context context(Text(ops->name, "size", size, "first kept", first_kept));
     std::vector<uint64_t> state = start;
     std::vector<uint8_t> keep(size);
