@@ -74,7 +74,7 @@ Floats RunGemm(const Floats& x, const Floats& weight, const Floats& bias, const 
     packed.SetBias(col, bias.at(col));
   }
   const AlignedBuffer<float> a = PadRows(x, padded_k);
-  if (IsBf16(dtype) && ops.takes_fp16) packed.TryFp16(LargestNorm(x));
+  if (IsBf16(dtype) && ops.fp16_weights) packed.TryFp16(LargestNorm(x));
   AlignedBuffer<float> c(static_cast<size_t>(rows) * padded_n);
   AlignedBuffer<float> scratch(static_cast<size_t>(rows) * padded_k);
   ops.gemm(packed.view(), padded_n, a.data(), padded_k, rows, c.data(), padded_n, false,

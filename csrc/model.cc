@@ -161,7 +161,7 @@ HeadLayout::HeadLayout(int num_heads, int head_dim, const Ops& ops, bool bf16)
       stride(heads * RoundUp(head_dim, kHeadPad)),
       num_bundles(num_heads / heads),
       bf16(bf16),
-      fp16(bf16 && ops.takes_fp16 && heads > 1) {}
+      fp16(bf16 && ops.fp16_keys && heads > 1) {}
 
 int HeadLayout::Column(int head, int i) const {
   const int begin = head / heads * stride;
@@ -275,7 +275,7 @@ Model::Model(const Shape& s, const WeightSource& weights, const Ops& o, bool b)
                       pack.Linear(block + "mlp.2", 4 * embed, embed),
                       bf16 ? NumberType::kBf16 : NumberType::kFloat32});
   }
-  if (bf16 && ops.takes_fp16) UseFp16();
+  if (bf16 && (ops.fp16_weights || ops.fp16_keys)) UseFp16();
 }
 
 // Every layer's bounds follow from its norms, as a normalised row has a known length.
@@ -300,6 +300,7 @@ void Model::UseFp16() {
         FitFp16({keys, queries, keys * queries, values, kFp16Values * values})) {
       layer.key_type = NumberType::kFp16;
     }
+    if (!ops.fp16_weights) continue;
     const double hidden = layer.up.BoundOutput(second, 0, shape.hidden_width());
     // what attention returns are means of values, and GELU makes nothing larger
     layer.kvq.TryFp16(first);
@@ -307,6 +308,7 @@ void Model::UseFp16() {
     layer.up.TryFp16(second);
     layer.down.TryFp16(hidden);
   }
+  if (!ops.fp16_weights) return;
   const double last = normed(lnf_gamma, lnf_beta);
   for (PackedMatrix& head : heads) head.TryFp16(last);
 }

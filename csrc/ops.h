@@ -172,12 +172,15 @@ struct Ops {
   const char* name;
   int panel_width;
   int bundle_heads;  // that `attend` takes at once, if a model's heads suit it
-  bool takes_fp16;   // kFp16, faster than kBf16: `gemm`, `round`, and `attend` in bundles
+  // Whether kFp16 is faster than kBf16: of weights in `gemm`, of keys in `round` and, in bundles,
+  // `attend`.
+  bool fp16_weights;
+  bool fp16_keys;
   // c (rows, num_cols) = a (rows, k) w + bias, or += with `add`; num_cols counts whole panels.
   // scratch: (rows, k) of four bytes, for inputs rounded; unused if w is float32.
   void (*gemm)(const MatrixView& w, int num_cols, const float* a, size_t lda, int rows, float* c,
                size_t ldc, bool add, void* scratch);
-  // out (n) bfloat16, or float16 with takes_fp16: the nearest to x, ties to even (bfloat16's
+  // out (n) bfloat16, or float16 with fp16_keys: the nearest to x, ties to even (bfloat16's
   // subnormal numbers may become zero); n a multiple of kHeadPad.
   void (*round)(const float* x, size_t n, NumberType type, uint16_t* out);
   // out (padded) = normalised x (width) * gamma + beta, zero in the padding.
@@ -203,7 +206,8 @@ const Ops* Avx2Ops();
 const Ops* Avx512Ops();
 const Ops* Avx512Bf16Ops();
 const Ops* Avx512Fp16Ops();
-const Ops* AmxOps();
+// fp16: whether this machine has AVX-512's float16.
+const Ops* AmxOps(bool fp16);
 const Ops* NeonOps();
 
 }  // namespace tt

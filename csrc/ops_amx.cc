@@ -1,4 +1,5 @@
-// The table of AVX-512 with bfloat16, its products in bfloat16 by AMX.
+// The table of AVX-512 with bfloat16, its products in bfloat16 by AMX, its attention in bfloat16 by
+// AVX-512's float16.
 #ifdef __AMX_BF16__
 #include "ops.h"
 #include "ops_avx512.inc.h"
@@ -133,26 +134,31 @@ double PeakLoop(int64_t iterations, bool bf16) {
   return static_cast<double>(iterations) * 4 * kSide * kSide * kPad * 2;
 }
 
-Ops MakeOps() {
+Ops MakeOps(bool fp16) {
   Ops ops = Base();
   ops.name = "amx_bf16";
   ops.gemm = Gemm;
   ops.peak_loop = PeakLoop;
+  if (const Ops* half = tt::Avx512Fp16Ops(); fp16 && half != nullptr) {
+    ops.fp16_keys = true;
+    ops.round = half->round;
+    ops.attend = half->attend;
+  }
   return ops;
 }
 
 }  // namespace
 
 namespace tt {
-const Ops* AmxOps() {
-  static const Ops ops = MakeOps();
-  return &ops;
+const Ops* AmxOps(bool fp16) {
+  static const Ops with = MakeOps(true), without = MakeOps(false);
+  return fp16 ? &with : &without;
 }
 }  // namespace tt
 #else
 #include "ops.h"
 
 namespace tt {
-const Ops* AmxOps() { return nullptr; }
+const Ops* AmxOps(bool) { return nullptr; }
 }  // namespace tt
 #endif

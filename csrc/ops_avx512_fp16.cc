@@ -143,7 +143,7 @@ void HalfAttend(const AttendArgs& args) {
 
 constexpr Ops MakeHalfOps() {
   Ops ops = MakeOps(HalfGemm, HalfPeakLoop);
-  ops.takes_fp16 = true;
+  ops.fp16_weights = ops.fp16_keys = true;
   ops.round = HalfRound;
   ops.attend = HalfAttend;
   return ops;

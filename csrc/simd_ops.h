@@ -319,9 +319,9 @@ double PeakLoop(int64_t iterations, bool) {
 }
 
 constexpr Ops MakeOps(decltype(Ops::gemm) gemm, decltype(Ops::peak_loop) peak_loop) {
-  return {kName,     kPanel,        kBundleHeads, false,        gemm,          RoundNumbers,
-          LayerNorm, GeluRow,       Attend,       TrainForward, TrainBackward, TrainGelu,
-          TrainNorm, TrainNormGrad, DrawKeep,     Softmax,      peak_loop};
+  return {kName,        kPanel,    kBundleHeads,  false,    false,        gemm,
+          RoundNumbers, LayerNorm, GeluRow,       Attend,   TrainForward, TrainBackward,
+          TrainGelu,    TrainNorm, TrainNormGrad, DrawKeep, Softmax,      peak_loop};
 }
 
 }  // namespace

@@ -248,7 +248,7 @@ TEST(AttendSharply) {
 
 TEST(AttendInFp16IsTwiceAsNearAsBf16) {
   for (const Ops* ops : TestedOps()) {
-    if (!ops->takes_fp16) continue;
+    if (!ops->fp16_keys) continue;
     for (double spread : {0.3, 1.0, 2.0, 6.0}) {
       for (int head_dim : {5, 16, 24, 32}) CheckFp16Errors(*ops, 4, head_dim, spread);
       CheckFp16Errors(*ops, 8, 32, spread);
@@ -260,7 +260,7 @@ TEST(AttendInFp16IsTwiceAsNearAsBf16) {
 // are normalised.
 TEST(AttendToLargeNumbersInFp16) {
   for (const Ops* ops : TestedOps()) {
-    if (!ops->takes_fp16) continue;
+    if (!ops->fp16_keys) continue;
     AttendCase test(4, 32, {200, 200, 63}, 1.0, NumberType::kFp16, *ops);
     const auto fill = [&](float query, float key, float value) {
       std::fill(test.q.begin(), test.q.end(), query);

@@ -257,7 +257,7 @@ std::vector<const Ops*> TablesOfModels() {
     ops.name = "float16";
     ops.panel_width = kPad;
     ops.bundle_heads = 4;
-    ops.takes_fp16 = true;
+    ops.fp16_weights = ops.fp16_keys = true;
     return ops;
   }();
   std::vector<const Ops*> tables = TestedOps();
@@ -277,6 +277,14 @@ std::string InFp16(const Layer& layer) {
   add("up", layer.up.view().type);
   add("down", layer.down.view().type);
   return found;
+}
+
+// What a table takes of such a list.
+std::string Taken(const Ops& ops, const std::string& parts) {
+  const std::string keys = "keys ";
+  const bool has_keys = parts.starts_with(keys);
+  return (has_keys && ops.fp16_keys ? keys : "") +
+         (ops.fp16_weights ? parts.substr(has_keys ? keys.size() : 0) : "");
 }
 
 }  // namespace
@@ -325,8 +333,8 @@ TEST(ModelUsesFp16WhereItFits) {
         const Context context(Text(ops->name, part, scale / limit));
         const Model model(shape, ScaledWeights(part, scale), *ops, true);
         const std::string want = scale < limit ? below : above;
-        CHECK_EQ(InFp16(model.layers[1]), ops->takes_fp16 ? want : "");
-        CHECK_EQ(InFp16(model.layers[0]), ops->takes_fp16 ? all : "");
+        CHECK_EQ(InFp16(model.layers[1]), Taken(*ops, want));
+        CHECK_EQ(InFp16(model.layers[0]), Taken(*ops, all));
       }
     }
     for (double scale : {0.9 * head_limit, 1.1 * head_limit}) {
@@ -334,7 +342,7 @@ TEST(ModelUsesFp16WhereItFits) {
       const bool all_fit = std::all_of(
           model.heads.begin(), model.heads.end(),
           [](const PackedMatrix& matrix) { return matrix.view().type == NumberType::kFp16; });
-      CHECK_EQ(all_fit, ops->takes_fp16 && scale < head_limit);
+      CHECK_EQ(all_fit, ops->fp16_weights && scale < head_limit);
     }
     const Model exact(shape, weights, *ops, false);
     CHECK(exact.heads[0].view().type == NumberType::kFloat32);

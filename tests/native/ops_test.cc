@@ -115,7 +115,7 @@ void CheckGemm(const Ops& ops, const GemmCase& test, const PackedMatrix& packed,
 void CheckGemmCase(int k, int n, int num_cols, NumberType type) {
   const GemmCase test(k, n, num_cols, type);
   for (const Ops* ops : TestedOps()) {
-    if (type == NumberType::kFp16 && !ops->takes_fp16) continue;
+    if (type == NumberType::kFp16 && !ops->fp16_weights) continue;
     const PackedMatrix packed = test.Pack(*ops);
     for (bool add : {false, true}) {
       for (int rows = 1; rows <= 13; ++rows) CheckGemm(*ops, test, packed, rows, add);

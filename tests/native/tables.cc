@@ -6,7 +6,7 @@
 #include "isa.h"
 
 namespace tt {
-const Ops* AmxOpsInMemory();  // ops_amx_in_memory.cc
+const Ops* AmxOpsInMemory(bool fp16);  // ops_amx_in_memory.cc
 }  // namespace tt
 
 namespace tt::test {
@@ -18,8 +18,9 @@ std::vector<const Ops*> FindTestedOps() {
     return std::any_of(tables.begin(), tables.end(),
                        [&name](const Ops* ops) { return ops->name == name; });
   };
-  const Ops* amx = AmxOpsInMemory();
-  if (amx != nullptr && has("avx512_bf16") && !has("amx_bf16")) tables.insert(tables.begin(), amx);
+  if (AmxOpsInMemory(false) == nullptr || !has("avx512_bf16") || has("amx_bf16")) return tables;
+  tables.insert(tables.begin(), AmxOpsInMemory(false));
+  if (has("avx512_fp16")) tables.insert(tables.begin(), AmxOpsInMemory(true));
   return tables;
 }
 
