@@ -76,16 +76,17 @@ Floats RunGemm(const Floats& x, const Floats& weight, const Floats& bias, const 
   const AlignedBuffer<float> a = PadRows(x, padded_k);
   if (IsBf16(dtype) && ops.fp16_weights) packed.TryFp16(LargestNorm(x));
   AlignedBuffer<float> c(static_cast<size_t>(rows) * padded_n);
-  AlignedBuffer<float> scratch(static_cast<size_t>(rows) * padded_k);
-  ops.gemm(packed.view(), padded_n, a.data(), padded_k, rows, c.data(), padded_n, false,
-           scratch.data());
+  AlignedBuffer<float> inputs(a.size());
+  ops.prepare(a.data(), static_cast<size_t>(rows) * padded_k, packed.view().type, inputs.data());
+  ops.gemm(packed.view(), padded_n, inputs.data(), padded_k, rows, c.data(), padded_n, false);
   return CutRows(c, rows, n, padded_n);
 }
 
 Floats RunGelu(const Floats& x, const std::string& isa) {
   const int rows = Rows(x), padded = RoundUp(Cols(x), kPad);
   AlignedBuffer<float> out = PadRows(x, padded);
-  FindOps(isa).gelu(out.data(), out.size());
+  FindOps(isa).gelu(out.data(), static_cast<size_t>(rows) * padded, NumberType::kFloat32,
+                    out.data());
   return CutRows(out, rows, Cols(x), padded);
 }
 
@@ -112,9 +113,8 @@ Floats RunLayerNorm(const Floats& x, const Floats& gamma, const Floats& beta,
   b.ReserveZeroed(padded);
   std::copy_n(gamma.data(), Cols(x), g.data());
   std::copy_n(beta.data(), Cols(x), b.data());
-  for (int r = 0; r < rows; ++r) {
-    ops.layer_norm(in.data() + r * padded, g.data(), b.data(), Cols(x), out.data() + r * padded);
-  }
+  ops.layer_norm(in.data(), rows, g.data(), b.data(), static_cast<int>(Cols(x)),
+                 NumberType::kFloat32, out.data());
   return CutRows(out, rows, Cols(x), padded);
 }
 

@@ -35,13 +35,13 @@ Decoder::Decoder(const Model& model, ThreadPool& pool, size_t first_layer_bytes)
       first_(model, first_layer_bytes),
       scratch_(pool.num_threads()) {
   const Shape& shape = model.shape;
-  const int widest = std::max({shape.hidden_width(), shape.width(), shape.attn_width()});
+  const int widest = std::max(shape.hidden_width(), shape.attn_width());
   for (Scratch& scratch : scratch_) {
     scratch.normed.ReserveZeroed(size_t{kMaxRows} * shape.width());
     scratch.kvq.ReserveZeroed(size_t{kMaxRows} * 3 * shape.attn_width());
     scratch.attended.ReserveZeroed(size_t{kMaxRows} * shape.attn_width());
     scratch.hidden.ReserveZeroed(size_t{kMaxRows} * shape.hidden_width());
-    if (model.bf16) scratch.rounded.ReserveZeroed(size_t{kMaxRows} * widest);
+    if (model.bf16) scratch.inputs.ReserveZeroed(size_t{kMaxRows} * widest);
   }
 }
 
@@ -130,12 +130,13 @@ void Decoder::ProjectFirst() {
   const int width = model_.shape.width(), attn = model_.shape.attn_width();
   ForRows(0, static_cast<int>(first_.missing().size()), [&](int begin, int end, Scratch& scratch) {
     for (int i = begin; i < end; ++i) {
-      float* embedded = scratch.hidden.data();
-      EmbedRow(first_.missing()[i], embedded);
-      model_.ops.layer_norm(embedded, layer.ln1_gamma.data(), layer.ln1_beta.data(),
-                            model_.shape.embed_dim, RowOf(scratch.normed, i - begin, width));
+      EmbedRow(first_.missing()[i], RowOf(scratch.hidden, i - begin, width));
     }
-    Gemm(layer.kvq.view(), 3 * attn, scratch.normed.data(), width, end - begin,
+    const MatrixView kvq = layer.kvq.view();
+    model_.ops.layer_norm(scratch.hidden.data(), end - begin, layer.ln1_gamma.data(),
+                          layer.ln1_beta.data(), model_.shape.embed_dim, kvq.type,
+                          scratch.normed.data());
+    Gemm(kvq, 3 * attn, scratch.normed.data(), width, end - begin,
          first_.missing_rows() + static_cast<size_t>(begin) * 3 * attn, 3 * attn, false, scratch);
   });
 }
@@ -172,7 +173,7 @@ void Decoder::AttentionInput(int layer, int begin, int end, bool keys_only, Scra
   const int attn = model_.shape.attn_width();
   PrefetchKeys(layer, begin, end);
   if (layer > 0) {
-    Normalise(weights.ln1_gamma, weights.ln1_beta, begin, end, scratch);
+    Normalise(weights.ln1_gamma, weights.ln1_beta, begin, end, weights.kvq, scratch);
     if (IsOneBlock(begin, end)) return ProjectInPlace(layer, begin, end, keys_only, scratch);
     Gemm(weights.kvq.view(), keys_only ? 2 * attn : 3 * attn, scratch.normed.data(),
          model_.shape.width(), end - begin, scratch.kvq.data(), 3 * attn, false, scratch);
@@ -276,8 +277,15 @@ void Decoder::AttentionOutput(int layer, int begin, int end, Scratch& scratch) {
                      .out = scratch.attended.data(),
                      .out_stride = static_cast<size_t>(attn)});
   scratch.attention_seconds += SecondsSince(start);
-  Gemm(model_.layers[layer].proj.view(), shape.width(), scratch.attended.data(), attn, end - begin,
-       RowOf(h_, begin, shape.width()), shape.width(), true, scratch);
+  const MatrixView proj = model_.layers[layer].proj.view();
+  float* inputs = scratch.attended.data();
+  if (proj.type != NumberType::kFloat32) {
+    inputs = scratch.inputs.data();
+    model_.ops.prepare(scratch.attended.data(), static_cast<size_t>(end - begin) * attn, proj.type,
+                       inputs);
+  }
+  Gemm(proj, shape.width(), inputs, attn, end - begin, RowOf(h_, begin, shape.width()),
+       shape.width(), true, scratch);
 }
 
 // h += down(gelu(up(ln2(h))))
@@ -287,40 +295,41 @@ void Decoder::Mlp(int layer, int begin, int end, Scratch& scratch) {
   const MatrixView up = weights.up.view(), down = weights.down.view();
   const int rows = end - begin, most = up.type == NumberType::kFp16 ? kNearRows : kMaxRows;
   const int num_blocks = (rows + most - 1) / most;
+  float* inputs = down.type == NumberType::kFloat32 ? scratch.hidden.data() : scratch.inputs.data();
   for (int block = 0; block < num_blocks; ++block) {
     const int first = BeginOfPart(rows, block, num_blocks);
     const int count = BeginOfPart(rows, block + 1, num_blocks) - first;
-    Normalise(weights.ln2_gamma, weights.ln2_beta, begin + first, begin + first + count, scratch);
+    Normalise(weights.ln2_gamma, weights.ln2_beta, begin + first, begin + first + count, weights.up,
+              scratch);
     Gemm(up, hidden, scratch.normed.data(), width, count, scratch.hidden.data(), hidden, false,
          scratch);
-    model_.ops.gelu(scratch.hidden.data(), static_cast<size_t>(count) * hidden);
-    Gemm(down, width, scratch.hidden.data(), hidden, count, RowOf(h_, begin + first, width), width,
-         true, scratch);
+    model_.ops.gelu(scratch.hidden.data(), static_cast<size_t>(count) * hidden, down.type, inputs);
+    Gemm(down, width, inputs, hidden, count, RowOf(h_, begin + first, width), width, true, scratch);
   }
 }
 
 // Of leaves, which are the last rows of the pass.
 void Decoder::Logits(int begin, int end, Scratch& scratch) {
   const int width = model_.shape.logits_width(), first = begin - pass_->num_internal();
-  Normalise(model_.lnf_gamma, model_.lnf_beta, begin, end, scratch);
-  Gemm(model_.heads[pass_->head].view(), width, scratch.normed.data(), model_.shape.width(),
-       end - begin, RowOf(logits_, first, width), width, false, scratch);
+  const PackedMatrix& head = model_.heads[pass_->head];
+  Normalise(model_.lnf_gamma, model_.lnf_beta, begin, end, head, scratch);
+  Gemm(head.view(), width, scratch.normed.data(), model_.shape.width(), end - begin,
+       RowOf(logits_, first, width), width, false, scratch);
 }
 
-void Decoder::Gemm(const MatrixView& weights, int num_cols, const float* a, size_t lda, int rows,
+void Decoder::Gemm(const MatrixView& weights, int num_cols, const void* a, size_t lda, int rows,
                    float* c, size_t ldc, bool add, Scratch& scratch) {
   const auto start = Clock::now();
-  model_.ops.gemm(weights, num_cols, a, lda, rows, c, ldc, add, scratch.rounded.data());
+  model_.ops.gemm(weights, num_cols, a, lda, rows, c, ldc, add);
   scratch.gemm_seconds += SecondsSince(start);
 }
 
+// Rows as inputs of a product with `weights`.
 void Decoder::Normalise(const AlignedBuffer<float>& gamma, const AlignedBuffer<float>& beta,
-                        int begin, int end, Scratch& scratch) {
-  const int width = model_.shape.width();
-  for (int row = begin; row < end; ++row) {
-    model_.ops.layer_norm(RowOf(h_, row, width), gamma.data(), beta.data(), model_.shape.embed_dim,
-                          RowOf(scratch.normed, row - begin, width));
-  }
+                        int begin, int end, const PackedMatrix& weights, Scratch& scratch) {
+  model_.ops.layer_norm(RowOf(h_, begin, model_.shape.width()), end - begin, gamma.data(),
+                        beta.data(), model_.shape.embed_dim, weights.view().type,
+                        scratch.normed.data());
 }
 
 void Decoder::Count(const Pass& pass) {

@@ -45,13 +45,13 @@ class Decoder {
  private:
   // Activations of one thread's rows, (kMaxRows, ...).
   struct Scratch {
-    AlignedBuffer<float> normed;    // (width)
+    AlignedBuffer<float> normed;    // (width) as Ops::gemm takes it
     AlignedBuffer<float> kvq;       // (3 attn_width)
     AlignedBuffer<float> attended;  // (attn_width)
     AlignedBuffer<float> hidden;    // (hidden_width)
     AlignedBuffer<float> scores;    // (kScoreRows, AttendArgs::scores_size)
     AlignedBuffer<uint32_t> fresh;  // (kMaxRows * longest path) AttendArgs::fresh
-    AlignedBuffer<float> rounded;   // (widest of these) inputs of products, rounded
+    AlignedBuffer<float> inputs;    // (wider of these two) as Ops::gemm takes it, not float32
     double gemm_seconds = 0.0;
     double attention_seconds = 0.0;
   };
@@ -75,10 +75,10 @@ class Decoder {
   void Mlp(int layer, int begin, int end, Scratch& scratch);
   void Logits(int begin, int end, Scratch& scratch);
 
-  void Gemm(const MatrixView& weights, int num_cols, const float* a, size_t lda, int rows, float* c,
+  void Gemm(const MatrixView& weights, int num_cols, const void* a, size_t lda, int rows, float* c,
             size_t ldc, bool add, Scratch& scratch);
   void Normalise(const AlignedBuffer<float>& gamma, const AlignedBuffer<float>& beta, int begin,
-                 int end, Scratch& scratch);
+                 int end, const PackedMatrix& weights, Scratch& scratch);
   float* RowOf(AlignedBuffer<float>& buffer, int row, int width) {
     return buffer.data() + static_cast<size_t>(row) * width;
   }

@@ -176,17 +176,22 @@ struct Ops {
   // `attend`.
   bool fp16_weights;
   bool fp16_keys;
-  // c (rows, num_cols) = a (rows, k) w + bias, or += with `add`; num_cols counts whole panels.
-  // scratch: (rows, k) of four bytes, for inputs rounded; unused if w is float32.
-  void (*gemm)(const MatrixView& w, int num_cols, const float* a, size_t lda, int rows, float* c,
-               size_t ldc, bool add, void* scratch);
+  // c (rows, num_cols) = a (rows, k) w + bias, or += with `add`; num_cols counts whole panels. a is
+  // what one of the next three made for weights of w's type; lda is in numbers.
+  void (*gemm)(const MatrixView& w, int num_cols, const void* a, size_t lda, int rows, float* c,
+               size_t ldc, bool add);
+  // out (n): x as `gemm` takes it for weights of this type, rounded, in at most four bytes a
+  // number; n a multiple of kPad.
+  void (*prepare)(const float* x, size_t n, NumberType type, void* out);
+  // The same of rows of normalised x (width) * gamma + beta, zero in the padding, of which x and
+  // gamma and beta have as much.
+  void (*layer_norm)(const float* x, int rows, const float* gamma, const float* beta, int width,
+                     NumberType type, void* out);
+  // The same of exact GELU, x Phi(x); in float32 out may be x.
+  void (*gelu)(const float* x, size_t n, NumberType type, void* out);
   // out (n) bfloat16, or float16 with fp16_keys: the nearest to x, ties to even (bfloat16's
   // subnormal numbers may become zero); n a multiple of kHeadPad.
   void (*round)(const float* x, size_t n, NumberType type, uint16_t* out);
-  // out (padded) = normalised x (width) * gamma + beta, zero in the padding.
-  void (*layer_norm)(const float* x, const float* gamma, const float* beta, int width, float* out);
-  // x (n) in place, n a multiple of kPad: exact GELU, x Phi(x).
-  void (*gelu)(float* x, size_t n);
   void (*attend)(const AttendArgs& args);
   void (*train_forward)(const TrainAttendArgs& args);
   void (*train_backward)(const TrainAttendArgs& args);

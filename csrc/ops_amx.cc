@@ -92,14 +92,12 @@ void MultiplyPanel(const uint16_t* a, size_t lda, const uint16_t* w, const float
   }
 }
 
-void Gemm(const MatrixView& w, int num_cols, const float* a, size_t lda, int rows, float* c,
-          size_t ldc, bool add, void* scratch) {
+void Gemm(const MatrixView& w, int num_cols, const void* a, size_t lda, int rows, float* c,
+          size_t ldc, bool add) {
   if (w.type == tt::NumberType::kFloat32) {
-    return Base().gemm(w, num_cols, a, lda, rows, c, ldc, add, scratch);
+    return Base().gemm(w, num_cols, a, lda, rows, c, ldc, add);
   }
-  const size_t k = w.k;
-  uint16_t* rounded = static_cast<uint16_t*>(scratch);
-  for (int r = 0; r < rows; ++r) Base().round(a + r * lda, k, w.type, rounded + r * k);
+  const uint16_t* numbers = static_cast<const uint16_t*>(a);
   if (add) AddBias(w.bias, num_cols, rows, c, ldc);
   Fence();
   for (int begin = 0, configured = 0; begin < rows; begin += kPad) {
@@ -107,9 +105,9 @@ void Gemm(const MatrixView& w, int num_cols, const float* a, size_t lda, int row
     if (height != configured) ConfigureTiles(configured = height);
     const auto multiply = height > kSide ? MultiplyPanel<true> : MultiplyPanel<false>;
     for (int col = 0; col < num_cols; col += kPanel) {
-      multiply(rounded + begin * k, k * sizeof(uint16_t),
-               static_cast<const uint16_t*>(w.data) + col * k, w.bias + col, w.k,
-               c + begin * ldc + col, ldc * sizeof(float), add);
+      multiply(numbers + begin * lda, lda * sizeof(uint16_t),
+               static_cast<const uint16_t*>(w.data) + static_cast<size_t>(col) * w.k, w.bias + col,
+               w.k, c + begin * ldc + col, ldc * sizeof(float), add);
     }
   }
   _tile_release();

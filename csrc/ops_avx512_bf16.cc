@@ -30,13 +30,10 @@ inline void AddPair(const uint16_t* a, size_t lda, const uint16_t* w, int i,
   }
 }
 
-void DotGemm(const MatrixView& w, int num_cols, const float* a, size_t lda, int rows, float* c,
-             size_t ldc, bool add, void* scratch) {
-  if (w.type == tt::NumberType::kFloat32) return FloatGemm(w, num_cols, a, lda, rows, c, ldc, add);
-  const size_t k = w.k;
-  uint16_t* rounded = static_cast<uint16_t*>(scratch);
-  for (int r = 0; r < rows; ++r) RoundNumbers(a + r * lda, k, w.type, rounded + r * k);
-  TileLoop<uint16_t>(w, num_cols, static_cast<const uint16_t*>(rounded), k, rows, c, ldc, add);
+void DotGemm(const MatrixView& w, int num_cols, const void* a, size_t lda, int rows, float* c,
+             size_t ldc, bool add) {
+  if (w.type == NumberType::kFloat32) return Gemm(w, num_cols, a, lda, rows, c, ldc, add);
+  TileLoop<uint16_t>(w, num_cols, static_cast<const uint16_t*>(a), lda, rows, c, ldc, add);
 }
 
 // As many independent sums as a tile has, no memory.
@@ -52,7 +49,7 @@ double DotPeakLoop(int64_t iterations, bool bf16) {
   return static_cast<double>(iterations) * kTileRows * kTileVecs * kWidth * 4;
 }
 
-constexpr Ops kOps = MakeOps(DotGemm, DotPeakLoop);
+constexpr Ops kOps = MakeOps<Bfloats>(DotGemm, DotPeakLoop);
 
 }  // namespace
 

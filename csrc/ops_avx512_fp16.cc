@@ -10,7 +10,6 @@ constexpr char kName[] = "avx512_fp16";
 namespace {
 
 using tt::kFp16Sum;
-using tt::NumberType;
 
 // A number of float16.
 struct Half {
@@ -104,24 +103,22 @@ struct Tile<kRows, Half, Half> {
   }
 };
 
-void RoundRow(const float* x, size_t n, void* out) {
-  for (size_t i = 0; i < n; i += kWidth) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(static_cast<Half*>(out) + i),
-                        RoundToHalves(Vec::Load(x + i)));
+struct HalfInputs {
+  using Number = Half;
+  static void Store(Vec x, Half* out) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), RoundToHalves(x));
   }
-}
+};
 
 void HalfRound(const float* x, size_t n, NumberType type, uint16_t* out) {
-  type == NumberType::kFp16 ? RoundRow(x, n, out) : RoundNumbers(x, n, type, out);
+  if (type != NumberType::kFp16) return RoundNumbers(x, n, type, out);
+  PrepareAs<HalfInputs>(x, n, reinterpret_cast<Half*>(out));
 }
 
-void HalfGemm(const MatrixView& w, int num_cols, const float* a, size_t lda, int rows, float* c,
-              size_t ldc, bool add, void* scratch) {
-  if (w.type != NumberType::kFp16) return Gemm(w, num_cols, a, lda, rows, c, ldc, add, scratch);
-  const size_t k = w.k;
-  Half* rounded = static_cast<Half*>(scratch);
-  for (int r = 0; r < rows; ++r) RoundRow(a + r * lda, k, rounded + r * k);
-  TileLoop<Half>(w, num_cols, static_cast<const Half*>(rounded), k, rows, c, ldc, add);
+void HalfGemm(const MatrixView& w, int num_cols, const void* a, size_t lda, int rows, float* c,
+              size_t ldc, bool add) {
+  if (w.type != NumberType::kFp16) return Gemm(w, num_cols, a, lda, rows, c, ldc, add);
+  TileLoop<Half>(w, num_cols, static_cast<const Half*>(a), lda, rows, c, ldc, add);
 }
 
 // As many independent sums as a tile has, no memory.
@@ -142,7 +139,7 @@ void HalfAttend(const AttendArgs& args) {
 }
 
 constexpr Ops MakeHalfOps() {
-  Ops ops = MakeOps(HalfGemm, HalfPeakLoop);
+  Ops ops = MakeOps<RoundedFloats, HalfInputs>(HalfGemm, HalfPeakLoop);
   ops.fp16_weights = ops.fp16_keys = true;
   ops.round = HalfRound;
   ops.attend = HalfAttend;

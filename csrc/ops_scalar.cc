@@ -21,15 +21,13 @@ float Weight(const MatrixView& w, int i, int col) {
   return FromBf16(static_cast<const uint16_t*>(w.data)[pair * 2 + i % 2]);
 }
 
-void Gemm(const MatrixView& w, int num_cols, const float* a, size_t lda, int rows, float* c,
-          size_t ldc, bool add, void*) {
+void Gemm(const MatrixView& w, int num_cols, const void* a, size_t lda, int rows, float* c,
+          size_t ldc, bool add) {
+  const float* numbers = static_cast<const float*>(a);
   for (int r = 0; r < rows; ++r) {
     for (int col = 0; col < num_cols; ++col) {
       float sum = w.bias[col];
-      for (int i = 0; i < w.k; ++i) {
-        const float x = a[r * lda + i];
-        sum += (w.type == NumberType::kFloat32 ? x : FromBf16(ToBf16(x))) * Weight(w, i, col);
-      }
+      for (int i = 0; i < w.k; ++i) sum += numbers[r * lda + i] * Weight(w, i, col);
       c[r * ldc + col] = add ? c[r * ldc + col] + sum : sum;
     }
   }
@@ -39,7 +37,14 @@ void RoundNumbers(const float* x, size_t n, NumberType, uint16_t* out) {
   for (size_t i = 0; i < n; ++i) out[i] = ToBf16(x[i]);
 }
 
-void LayerNorm(const float* x, const float* gamma, const float* beta, int width, float* out) {
+void Prepare(const float* x, size_t n, NumberType type, void* out) {
+  float* numbers = static_cast<float*>(out);
+  for (size_t i = 0; i < n; ++i) {
+    numbers[i] = type == NumberType::kFloat32 ? x[i] : FromBf16(ToBf16(x[i]));
+  }
+}
+
+void NormRow(const float* x, const float* gamma, const float* beta, int width, float* out) {
   float mean = 0.0f, variance = 0.0f;
   for (int i = 0; i < width; ++i) mean += x[i];
   mean /= static_cast<float>(width);
@@ -50,8 +55,20 @@ void LayerNorm(const float* x, const float* gamma, const float* beta, int width,
   for (int i = width; i < RoundUp(width, kPad); ++i) out[i] = 0.0f;
 }
 
-void Gelu(float* x, size_t n) {
-  for (size_t i = 0; i < n; ++i) x[i] = 0.5f * x[i] * (1.0f + std::erf(x[i] * 0.70710678f));
+void LayerNorm(const float* x, int rows, const float* gamma, const float* beta, int width,
+               NumberType type, void* out) {
+  const size_t stride = RoundUp(width, kPad);
+  float* numbers = static_cast<float*>(out);
+  for (int r = 0; r < rows; ++r) {
+    NormRow(x + r * stride, gamma, beta, width, numbers + r * stride);
+  }
+  Prepare(numbers, rows * stride, type, numbers);
+}
+
+void Gelu(const float* x, size_t n, NumberType type, void* out) {
+  float* numbers = static_cast<float*>(out);
+  for (size_t i = 0; i < n; ++i) numbers[i] = 0.5f * x[i] * (1.0f + std::erf(x[i] * 0.70710678f));
+  Prepare(numbers, n, type, numbers);
 }
 
 void Softmax(const float* x, int n, float* probs) {
@@ -102,10 +119,10 @@ double PeakLoop(int64_t iterations, bool) {
   return static_cast<double>(iterations) * 16.0;
 }
 
-constexpr Ops kOps = {"scalar",     kPanel,        1,         false,     false,
-                      Gemm,         RoundNumbers,  LayerNorm, Gelu,      Attend,
-                      TrainForward, TrainBackward, TrainGelu, TrainNorm, TrainNormGrad,
-                      DrawKeep,     Softmax,       PeakLoop};
+constexpr Ops kOps = {"scalar",      kPanel,    1,         false,         false,    Gemm,
+                      Prepare,       LayerNorm, Gelu,      RoundNumbers,  Attend,   TrainForward,
+                      TrainBackward, TrainGelu, TrainNorm, TrainNormGrad, DrawKeep, Softmax,
+                      PeakLoop};
 
 }  // namespace
 

@@ -15,6 +15,7 @@ using tt::AttendArgs;
 using tt::kHeadPad;
 using tt::kPad;
 using tt::MatrixView;
+using tt::NumberType;
 using tt::Ops;
 
 constexpr int kWidth = Vec::kWidth;
@@ -31,8 +32,29 @@ inline void StoreNumbers(Vec x, float* out) { x.Store(out); }
 inline void StoreNumbers(Vec x, uint16_t* out) { StoreBf16(x, out); }
 
 // To bfloat16.
-void RoundNumbers(const float* x, size_t n, tt::NumberType, uint16_t* out) {
+void RoundNumbers(const float* x, size_t n, NumberType, uint16_t* out) {
   for (size_t i = 0; i < n; i += kWidth) StoreBf16(Vec::Load(x + i), out + i);
+}
+
+// ---- inputs of matrix products ----
+
+// How they lie in memory: as they are, rounded to bfloat16 but float32 still, in bfloat16.
+struct Floats {
+  using Number = float;
+  static void Store(Vec x, float* out) { x.Store(out); }
+};
+struct RoundedFloats {
+  using Number = float;
+  static void Store(Vec x, float* out) { RoundToBf16(x).Store(out); }
+};
+struct Bfloats {
+  using Number = uint16_t;
+  static void Store(Vec x, uint16_t* out) { StoreBf16(x, out); }
+};
+
+template <typename Inputs>
+inline void PrepareAs(const float* x, size_t n, typename Inputs::Number* out) {
+  for (size_t i = 0; i < n; i += kWidth) Inputs::Store(Vec::Load(x + i), out + i);
 }
 
 // ---- elementary functions ----
@@ -107,8 +129,9 @@ inline V Gelu(V x) {
   }
 }
 
-void GeluRow(float* x, size_t n) {
-  for (size_t i = 0; i < n; i += kWidth) Gelu(Vec::Load(x + i)).Store(x + i);
+template <typename Inputs>
+inline void GeluAs(const float* x, size_t n, typename Inputs::Number* out) {
+  for (size_t i = 0; i < n; i += kWidth) Inputs::Store(Gelu(Vec::Load(x + i)), out + i);
 }
 
 // ---- rows ----
@@ -116,8 +139,9 @@ void GeluRow(float* x, size_t n) {
 inline Vec NormScale(float variance) { return Vec(1.0f / __builtin_sqrtf(variance + 1e-5f)); }
 
 // A row that fits into registers, (kVecs vectors) without padding.
-template <int kVecs>
-inline void NormInRegisters(const float* x, const float* gamma, const float* beta, float* out) {
+template <int kVecs, typename Inputs>
+inline void NormInRegisters(const float* x, const float* gamma, const float* beta,
+                            typename Inputs::Number* out) {
   static_assert(kVecs * kWidth % kPad == 0 && (kVecs & (kVecs - 1)) == 0);
   Vec row[kVecs], sums[kVecs];
   UNROLL for (int v = 0; v < kVecs; ++v) row[v] = sums[v] = Vec::Load(x + v * kWidth);
@@ -135,14 +159,16 @@ inline void NormInRegisters(const float* x, const float* gamma, const float* bet
   const Vec scale = NormScale(total());
   UNROLL for (int v = 0; v < kVecs; ++v) {
     const int i = v * kWidth;
-    Fma(row[v] * scale, Vec::Load(gamma + i), Vec::Load(beta + i)).Store(out + i);
+    Inputs::Store(Fma(row[v] * scale, Vec::Load(gamma + i), Vec::Load(beta + i)), out + i);
   }
 }
 
 // x is zero in its padding, so a sum over whole vectors is the sum over `width`.
-void LayerNorm(const float* x, const float* gamma, const float* beta, int width, float* out) {
+template <typename Inputs>
+inline void NormRow(const float* x, const float* gamma, const float* beta, int width,
+                    typename Inputs::Number* out) {
   constexpr int kVecs = kRegisters / 4;  // with AVX-512 128 numbers, the official width
-  if (width == kVecs * kWidth) return NormInRegisters<kVecs>(x, gamma, beta, out);
+  if (width == kVecs * kWidth) return NormInRegisters<kVecs, Inputs>(x, gamma, beta, out);
   const int padded = tt::RoundUp(width, kPad);
   Vec sum(0.0f);
   for (int i = 0; i < padded; i += kWidth) sum = sum + Vec::Load(x + i);
@@ -160,9 +186,44 @@ void LayerNorm(const float* x, const float* gamma, const float* beta, int width,
   const Vec scale = NormScale(variance);
   for (int i = 0; i < padded; i += kWidth) {
     const Vec normed = (Vec::Load(x + i) - Vec(mean)) * scale;
-    Fma(normed, Vec::Load(gamma + i), Vec::Load(beta + i)).Store(out + i);
+    Inputs::Store(Fma(normed, Vec::Load(gamma + i), Vec::Load(beta + i)), out + i);
   }
 }
+
+template <typename Inputs>
+void LayerNormAs(const float* x, int rows, const float* gamma, const float* beta, int width,
+                 typename Inputs::Number* out) {
+  const size_t stride = tt::RoundUp(width, kPad);
+  for (int r = 0; r < rows; ++r) {
+    NormRow<Inputs>(x + r * stride, gamma, beta, width, out + r * stride);
+  }
+}
+
+// The functions of a table that make inputs, for weights of any type.
+template <typename OfBf16, typename OfFp16>
+struct InputsOf {
+  // f(out as Inputs, Inputs())
+  template <typename F>
+  static void Choose(NumberType type, void* out, F&& f) {
+    if (type == NumberType::kFloat32) return f(static_cast<float*>(out), Floats());
+    if (type == NumberType::kBf16) {
+      return f(static_cast<typename OfBf16::Number*>(out), OfBf16());
+    }
+    f(static_cast<typename OfFp16::Number*>(out), OfFp16());
+  }
+  static void Prepare(const float* x, size_t n, NumberType type, void* out) {
+    Choose(type, out, [=](auto* to, auto inputs) { PrepareAs<decltype(inputs)>(x, n, to); });
+  }
+  static void LayerNorm(const float* x, int rows, const float* gamma, const float* beta, int width,
+                        NumberType type, void* out) {
+    Choose(type, out, [=](auto* to, auto inputs) {
+      LayerNormAs<decltype(inputs)>(x, rows, gamma, beta, width, to);
+    });
+  }
+  static void Gelu(const float* x, size_t n, NumberType type, void* out) {
+    Choose(type, out, [=](auto* to, auto inputs) { GeluAs<decltype(inputs)>(x, n, to); });
+  }
+};
 
 // Softmax of x (n), which may be probs; zero in the padding.
 void Softmax(const float* x, int n, float* probs) {
@@ -285,23 +346,15 @@ inline void TileLoop(const MatrixView& w, int num_cols, const Number* a, size_t 
   }
 }
 
-inline void FloatGemm(const MatrixView& w, int num_cols, const float* a, size_t lda, int rows,
-                      float* c, size_t ldc, bool add) {
-  TileLoop<float>(w, num_cols, a, lda, rows, c, ldc, add);
-}
-
 // Weights in bfloat16 become float32 as they are loaded, so that only their memory is saved.
-inline void Gemm(const MatrixView& w, int num_cols, const float* a, size_t lda, int rows, float* c,
-                 size_t ldc, bool add, void* scratch) {
-  if (w.type == tt::NumberType::kFloat32) return FloatGemm(w, num_cols, a, lda, rows, c, ldc, add);
-  const size_t k = w.k;
-  float* rounded = static_cast<float*>(scratch);
-  for (int r = 0; r < rows; ++r) {
-    for (size_t i = 0; i < k; i += kWidth) {
-      RoundToBf16(Vec::Load(a + r * lda + i)).Store(rounded + r * k + i);
-    }
+inline void Gemm(const MatrixView& w, int num_cols, const void* a, size_t lda, int rows, float* c,
+                 size_t ldc, bool add) {
+  const float* numbers = static_cast<const float*>(a);
+  if (w.type == NumberType::kFloat32) {
+    TileLoop<float>(w, num_cols, numbers, lda, rows, c, ldc, add);
+  } else {
+    TileLoop<uint16_t>(w, num_cols, numbers, lda, rows, c, ldc, add);
   }
-  TileLoop<uint16_t>(w, num_cols, rounded, k, rows, c, ldc, add);
 }
 
 // ---- the machine's peak ----
@@ -318,10 +371,14 @@ double PeakLoop(int64_t iterations, bool) {
   return static_cast<double>(iterations) * kTileRows * kTileVecs * kWidth * 2;
 }
 
+// Inputs are those that `gemm` takes.
+template <typename OfBf16 = RoundedFloats, typename OfFp16 = OfBf16>
 constexpr Ops MakeOps(decltype(Ops::gemm) gemm, decltype(Ops::peak_loop) peak_loop) {
-  return {kName,        kPanel,    kBundleHeads,  false,    false,        gemm,
-          RoundNumbers, LayerNorm, GeluRow,       Attend,   TrainForward, TrainBackward,
-          TrainGelu,    TrainNorm, TrainNormGrad, DrawKeep, Softmax,      peak_loop};
+  using Inputs = InputsOf<OfBf16, OfFp16>;
+  return {kName,         kPanel,          kBundleHeads,      false,        false,
+          gemm,          Inputs::Prepare, Inputs::LayerNorm, Inputs::Gelu, RoundNumbers,
+          Attend,        TrainForward,    TrainBackward,     TrainGelu,    TrainNorm,
+          TrainNormGrad, DrawKeep,        Softmax,           peak_loop};
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <limits>
 
 #include "bfloat16.h"
@@ -18,6 +19,28 @@ namespace {
 
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 constexpr float kGuard = 123.25f;  // in memory that must not be written
+
+// ---- inputs of products ----
+
+// Bytes of a number: those that `prepare` writes.
+size_t InputBytes(const Ops& ops, NumberType type) {
+  constexpr unsigned char kUnwritten = 0xA5;
+  std::vector<float> ones(kPad, 1.0f);
+  std::vector<unsigned char> inputs(kPad * sizeof(float), kUnwritten);
+  ops.prepare(ones.data(), ones.size(), type, inputs.data());
+  const auto last = std::find_if(inputs.rbegin(), inputs.rend(),
+                                 [](unsigned char byte) { return byte != kUnwritten; });
+  const size_t bytes = inputs.rend() - last;
+  CHECK(bytes == kPad * sizeof(float) || bytes == kPad * sizeof(uint16_t));
+  return bytes / kPad;
+}
+
+// Types of weights that a table multiplies.
+std::vector<NumberType> InputTypes(const Ops& ops) {
+  std::vector<NumberType> types = {NumberType::kFloat32, NumberType::kBf16};
+  if (ops.fp16_weights) types.push_back(NumberType::kFp16);
+  return types;
+}
 
 // ---- matrix product ----
 
@@ -80,13 +103,20 @@ struct GemmCase {
   }
 };
 
-// Rows are wider than what is read or written of them. Behind those of a and of the scratch is no
-// memory, so that a sanitizer sees who reads it; c has more of them, as none sees what tiles write.
+// x as inputs of products; exactly as many bytes as they take.
+std::vector<std::byte> Prepared(const Ops& ops, const std::vector<float>& x, NumberType type) {
+  std::vector<std::byte> inputs(x.size() * InputBytes(ops, type));
+  ops.prepare(x.data(), x.size(), type, inputs.data());
+  return inputs;
+}
+
+// Rows are wider than what is read or written of them. Behind those of a is no memory, so that a
+// sanitizer sees who reads it; c has more of them, as none sees what tiles write.
 void CheckGemm(const Ops& ops, const GemmCase& test, const PackedMatrix& packed, int rows,
                bool add) {
   const Context context(Text(ops.name, "rows", rows, "k", test.k, "n", test.n, "cols",
                              test.num_cols, NameOf(test.type), add ? "add" : ""));
-  const int lda = test.k + 3, ldc = test.n + 5, k = test.k;
+  const int lda = test.k + kPad, ldc = test.n + 5, k = test.k;
   std::vector<float> a(size_t(rows) * lda, kNaN);
   std::vector<float> c(size_t(RoundUp(rows, kPad)) * ldc, kGuard);
   for (int r = 0; r < rows; ++r) {
@@ -95,8 +125,8 @@ void CheckGemm(const Ops& ops, const GemmCase& test, const PackedMatrix& packed,
       c[r * ldc + col] = test.old[r * test.n + col];
     }
   }
-  std::vector<float> scratch(test.type == NumberType::kFloat32 ? 0 : size_t(rows) * k);
-  ops.gemm(packed.view(), test.num_cols, a.data(), lda, rows, c.data(), ldc, add, scratch.data());
+  const std::vector<std::byte> inputs = Prepared(ops, a, test.type);
+  ops.gemm(packed.view(), test.num_cols, inputs.data(), lda, rows, c.data(), ldc, add);
   double worst = 0.0;  // error as a part of its bound
   for (int r = 0; r < rows; ++r) {
     for (int col = 0; col < test.num_cols; ++col) {
@@ -147,7 +177,7 @@ void CheckLayerNorm(const Ops& ops, int width, double mean, double spread) {
   const std::vector<float> gamma = Padded(random.Normals(width)),
                            beta = Padded(random.Normals(width));
   std::vector<float> out(x.size(), kGuard);
-  ops.layer_norm(x.data(), gamma.data(), beta.data(), width, out.data());
+  ops.layer_norm(x.data(), 1, gamma.data(), beta.data(), width, NumberType::kFloat32, out.data());
   const Doubles want = LayerNorm(ToDoubles(x.data(), width), gamma.data(), beta.data());
   double largest = 0.0, variance = 0.0, average = 0.0;
   for (int i = 0; i < width; ++i) {
@@ -231,9 +261,9 @@ TEST(NumbersAreRoundedToNearestEven) {
              static_cast<float>(i % 3 - 1) * 0x1p-20f;
       if (i % 2 == 1) a[i] = -a[i];
     }
-    std::vector<float> scratch(32);
     std::vector<uint16_t> rounded(32);
-    ops->gemm(ones.view(), 32, a.data(), 32, 1, c.data(), 32, false, scratch.data());
+    const std::vector<std::byte> inputs = Prepared(*ops, a, NumberType::kBf16);
+    ops->gemm(ones.view(), 32, inputs.data(), 32, 1, c.data(), 32, false);
     ops->round(a.data(), 32, NumberType::kBf16, rounded.data());
     for (int i = 0; i < 32; ++i) {
       CHECK_EQ(c[i], RoundToBf16(a[i]));
@@ -254,13 +284,40 @@ TEST(LayerNormRows) {
   }
 }
 
+// LayerNorm and GELU make of every row what `prepare` makes of their result in float32.
+TEST(InputsAreMadeAtOnce) {
+  constexpr int kRows = 5;
+  for (const Ops* ops : TestedOps()) {
+    for (NumberType type : InputTypes(*ops)) {
+      for (int width : {1, 20, 32, 33, 100, 128}) {
+        const Context context(Text(ops->name, NameOf(type), "width", width));
+        const size_t padded = RoundUp(width, kPad), size = kRows * padded;
+        Random random(width);
+        std::vector<float> x(size, 0.0f), exact(size), gamma = Padded(random.Normals(width)),
+                                                       beta = Padded(random.Normals(width));
+        for (size_t i = 0; i < size; ++i) {
+          if (i % padded < size_t(width)) x[i] = static_cast<float>(3.0 * random.Normal());
+        }
+        std::vector<std::byte> inputs(size * InputBytes(*ops, type));
+        ops->layer_norm(x.data(), kRows, gamma.data(), beta.data(), width, NumberType::kFloat32,
+                        exact.data());
+        ops->layer_norm(x.data(), kRows, gamma.data(), beta.data(), width, type, inputs.data());
+        CHECK(inputs == Prepared(*ops, exact, type));
+        ops->gelu(x.data(), size, NumberType::kFloat32, exact.data());
+        ops->gelu(x.data(), size, type, inputs.data());
+        CHECK(inputs == Prepared(*ops, exact, type));
+      }
+    }
+  }
+}
+
 TEST(GeluRows) {
   std::vector<float> x = {0.0f, -0.0f, 1e-30f, -1e-30f, 1e-40f, 30.0f, -30.0f, 1e3f, -1e3f, 1e30f};
   for (int i = -8000; i <= 8000; ++i) x.push_back(static_cast<float>(i) * 1e-3f);
   x = Padded(x);
   for (const Ops* ops : TestedOps()) {
     std::vector<float> out = x;
-    ops->gelu(out.data(), out.size());
+    ops->gelu(out.data(), out.size(), NumberType::kFloat32, out.data());
     for (size_t i = 0; i < x.size(); ++i) {
       const Context context(Text(ops->name, "x", x[i]));
       // 1.3e-7 of Phi's fit, pieces are closer, and 3 roundings of numbers up to 1
