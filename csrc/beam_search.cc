@@ -37,6 +37,8 @@ void GatherRows(std::vector<T>& rows, const int32_t* order, int kept, size_t wid
   rows.swap(gathered);
 }
 
+std::string Megabytes(double bytes) { return std::to_string(std::llround(bytes / 1e6)); }
+
 }  // namespace
 
 BeamSearch::BeamSearch(std::shared_ptr<const Model> model, std::vector<uint8_t> hidden,
@@ -483,8 +485,7 @@ void BeamSearch::Reserve(const TreeLimits& limits) {
   if (bytes > max_bytes_) {
     throw std::length_error("beam_width: expected a search that fits in memory, got " +
                             std::to_string(limits.max_rows) + " rows, which may need " +
-                            std::to_string(std::llround(bytes / 1e9)) + " GB of " +
-                            std::to_string(std::llround(max_bytes_ / 1e9)));
+                            Megabytes(bytes) + " MB of " + Megabytes(max_bytes_));
   }
   tree_.Reserve(limits);
   decoder_.Reserve(tree_.max_total_nodes(), model_->shape.goal_len + limits.max_len);

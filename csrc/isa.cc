@@ -38,8 +38,8 @@ bool HasAmx() {
   constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;  // of cpuid 7, 0, edx
   constexpr int kRequestPermission = 0x1023, kTileData = 18;    // asm/prctl.h, of Linux 5.16
   unsigned a = 0, b = 0, c = 0, d = 0;
-  return AmxOps(false) != nullptr && HasAvx512Bf16() && __get_cpuid_count(7, 0, &a, &b, &c, &d) &&
-         (d & kAmxBf16) != 0 && (d & kAmxTile) != 0 &&
+  return HasAvx512Bf16() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kAmxBf16) != 0 &&
+         (d & kAmxTile) != 0 && AmxOps(false) != nullptr &&
          syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 #else
@@ -60,7 +60,8 @@ std::vector<const Ops*> FindAvailableOps() {
   const auto add = [&found](bool has, const Ops* ops) {
     if (has && ops != nullptr) found.push_back(ops);
   };
-  add(HasAmx(), AmxOps(HasAvx512Fp16()));
+  // this one is made when it is asked for, by instructions that other processors lack
+  if (HasAmx()) add(true, AmxOps(HasAvx512Fp16()));
   add(HasFastDots(), Avx512Bf16Ops());
   add(HasAvx512Fp16(), Avx512Fp16Ops());
   add(HasAvx512(), Avx512Ops());

@@ -211,7 +211,7 @@ const Ops* Avx2Ops();
 const Ops* Avx512Ops();
 const Ops* Avx512Bf16Ops();
 const Ops* Avx512Fp16Ops();
-// fp16: whether this machine has AVX-512's float16.
+// To be called on machines with AVX-512 only. fp16: whether this one has its float16.
 const Ops* AmxOps(bool fp16);
 const Ops* NeonOps();
 

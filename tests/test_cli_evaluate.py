@@ -107,6 +107,11 @@ def test_finished_episodes_outlive_an_error(capsys, tmp_path, model, monkeypatch
     assert (kept["returns"], kept["interrupted"]) == (first["returns"], False)
     assert (part["returns"], part["interrupted"]) == (second["returns"][:5], True)
     assert part["checkpoint"] == str(model)
+    num_steps[:] = [0] * (sum(first["lengths"]) + sum(second["lengths"][3:5]))
+    run(*argv, "--out", out, "--resume", status=2)  # after the third episode
+    capsys.readouterr()
+    kept, part = json.loads(out.read_text())["results"]
+    assert part["returns"] == second["returns"][:5]
     monkeypatch.undo()
     run(*argv, "--out", out, "--resume")
     results = json.loads(out.read_text())["results"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -43,6 +44,18 @@ def test_native(tmp_path: Path) -> None:
     run(cmake, "--build", tmp_path, "--parallel", str(os.cpu_count() or 1))
     summary = run(tmp_path / "native_tests").splitlines()[-1]
     assert summary.endswith(" 0 failed")
+    check_older_processors(tmp_path / "native_tests")
+
+
+def check_older_processors(tests: Path) -> None:
+    """Nothing of a newer instruction set runs on a processor that lacks it."""
+    emulator = shutil.which("qemu-x86_64")
+    if emulator is None or platform.machine() != "x86_64":
+        return
+    for processor in ("Nehalem", "Haswell"):  # without AVX; with AVX2 but not AVX-512
+        for part in ("OpsByName", "LayerNormRows", "InputsAreMadeAtOnce", "AttendSharply"):
+            output = run(emulator, "-cpu", processor, tests, part)
+            assert output.splitlines()[-1] == "1 tests, 0 failed"
 
 
 def test_tables_for_arm_compile() -> None:

@@ -13,7 +13,6 @@ from tt_fast.config import TrainConfig
 from tt_fast.data.windows import TokenWindows
 from tt_fast.encoding import tokenize
 from tt_fast.model import TrajectoryTransformer
-from tt_fast.training import step as step_module
 from tt_fast.training.losses import model_batch
 from tt_fast.training.step import StepGradients, StepResult, _address_seed, seed_device
 from tt_fast.training.workers import Workers
@@ -169,17 +168,3 @@ def test_seeding_a_device_gives_what_torch_gives() -> None:
         want = torch.rand(3)
         seed_device(torch.device("cpu"), 7)
         assert torch.equal(torch.rand(3), want)
-
-
-@pytest.mark.parametrize(("of_torch", "of_container", "used"), [(2, 64, 2), (3, 1, 1)])
-def test_threads_are_torchs_but_no_more_than_a_container_has(
-    monkeypatch: pytest.MonkeyPatch, of_torch: int, of_container: int, used: int
-) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: of_torch)
-    monkeypatch.setattr(step_module, "available_cpus", lambda: of_container)
-    model, config = tiny_model().train(), step_config(batch_size=6, pass_windows=None)
-    gradients = StepGradients(model, config, make_windows(model, config), Workers())
-    assert gradients._passes is not None
-    assert len(gradients._passes._workers) == used
-    assert gradients._pass_windows == 6 // used
-    gradients.close()

@@ -64,8 +64,8 @@ def evaluate(
         max_steps: end every episode after so many steps; needed where there is no time limit.
         record: keep the first episode in the result.
         progress: show a progress bar.
-        on_episode: called when an episode has ended and others go on, with the result so far, which
-            says that it is interrupted.
+        on_episode: called with the result so far, which says that it is interrupted, when episodes
+            have ended and others are still to be played; what it raises ends the evaluation.
 
     Raises:
         ImportError: Gymnasium, MuJoCo or what a video needs is missing.
@@ -187,6 +187,7 @@ class _Rollouts:
         record: bool,
     ) -> None:
         self._checkpoint_step = planner.checkpoint.metadata.get("step")
+        self._versions = {**origin()["versions"], **engine_versions()}
         self._planner = planner.replicate(len(envs), envs[0].action_bounds)
         self._envs = envs
         self._seed, self._setting, self._record = seed, setting, record
@@ -234,7 +235,7 @@ class _Rollouts:
             wall_seconds=self._end - self._start,
             interrupted=self._interrupted,
             checkpoint_step=self._checkpoint_step,
-            versions={**origin()["versions"], **engine_versions()},
+            versions=self._versions,
             record=None if recorder is None else recorder.record(),
         )
 

@@ -16,7 +16,7 @@ _ROOT = Path("/sys/fs/cgroup")
 
 
 def available_cpus(groups: Path = _GROUPS, root: Path = _ROOT) -> int:
-    """Processors that this process may run on, and no more than its share of time would fill.
+    """Processors that this process may run on, and no more than its share of time, rounded up.
 
     Args:
         groups: the control groups that this process is in, as Linux lists them.
@@ -62,7 +62,8 @@ def _folders(controller: str, groups: Path, root: Path) -> Iterator[Path]:
     there is then the container's own group.
     """
     for line in _read(groups).splitlines():
-        number, controllers, path = line.split(":", 2)
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
         if number != "0" and controller not in controllers.split(","):
             continue
         base = root if number == "0" else root / controller  # version 2 has one tree for all

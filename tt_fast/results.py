@@ -170,7 +170,7 @@ class EvalResult(ScoredEpisodes):
     deadline_ms: float | None = None
     """Time for a decision, if one was set; plans then depend on the clock"""
     interrupted: bool = False
-    """Ctrl-C: only the finished episodes are here, so short ones are over-represented"""
+    """Ended early: only the finished episodes are here, so short ones are over-represented"""
     checkpoint: str | None = None
     """Where the model lies, if that is known"""
     checkpoint_step: int | None = None

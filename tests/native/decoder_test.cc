@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 
 #include "check.h"
 #include "engine.h"
@@ -82,8 +83,7 @@ struct Errors {
   double magnitude = 0.0;        // largest logit
 };
 
-Errors MeasureErrors(const Shape& shape, bool bf16) {
-  const RandomWeights weights(0);
+Errors MeasureErrors(const Shape& shape, const WeightSource& weights, bool bf16) {
   const std::vector<uint8_t> hidden = HiddenValues(shape);
   Errors errors;
   for (const Ops* ops : TestedOps()) {
@@ -102,6 +102,40 @@ Errors MeasureErrors(const Shape& shape, bool bf16) {
   }
   return errors;
 }
+
+void CheckErrors(const Shape& shape, const WeightSource& weights, bool bf16) {
+  const Errors errors = MeasureErrors(shape, weights, bf16);
+  const double scalar = errors.of_table.back();
+  // per layer some 10 sums of up to 4 embed_dim terms, whose errors add up as in a random walk
+  const double roundings = 10.0 * shape.num_layers * std::sqrt(4.0 * shape.embed_dim);
+  const double rounding = bf16 ? 0x1p-9 : kRounding;
+  const Context context(
+      Text("embed", shape.embed_dim, "goal", shape.goal_len, bf16 ? "bf16" : "fp32"));
+  CHECK_LE(scalar, roundings * rounding * errors.magnitude);
+  for (size_t i = 0; i < errors.of_table.size(); ++i) {
+    const Context table(TestedOps()[i]->name);
+    CHECK_LE(errors.of_table[i], 2 * scalar + 16 * kRounding * errors.magnitude);
+  }
+}
+
+// The first column of a matrix is so small that float16 would take its digits.
+class TinyColumn : public RandomWeights {
+ public:
+  TinyColumn(std::string name, int num_inputs)
+      : RandomWeights(0), name_(std::move(name)), num_inputs_(num_inputs) {}
+  const float* Get(const std::string& name, size_t size) const override {
+    const float* values = RandomWeights::Get(name, size);
+    if (name != name_) return values;
+    tiny_.assign(values, values + size);
+    for (int i = 0; i < num_inputs_; ++i) tiny_[i] *= 1e-7f;
+    return tiny_.data();
+  }
+
+ private:
+  std::string name_;
+  int num_inputs_;
+  mutable std::vector<float> tiny_;
+};
 
 }  // namespace
 
@@ -132,17 +166,37 @@ TEST(LogitsEqualDoublePrecision) {
   shapes.push_back(WithGoal(shapes[0]));
   for (const Shape& shape : shapes) {
     for (bool bf16 : {false, true}) {
-      const Errors errors = MeasureErrors(shape, bf16);
-      const double scalar = errors.of_table.back();
-      // per layer some 10 sums of up to 4 embed_dim terms, whose errors add up as in a random walk
-      const double roundings = 10.0 * shape.num_layers * std::sqrt(4.0 * shape.embed_dim);
-      const double rounding = bf16 ? 0x1p-9 : kRounding;
-      const Context context(Text("embed", shape.embed_dim, bf16 ? "bf16" : "fp32"));
-      CHECK_LE(scalar, roundings * rounding * errors.magnitude);
-      for (size_t i = 0; i < errors.of_table.size(); ++i) {
-        const Context table(TestedOps()[i]->name);
-        CHECK_LE(errors.of_table[i], 2 * scalar + 16 * kRounding * errors.magnitude);
+      CheckErrors(shape, RandomWeights(0), bf16);
+    }
+  }
+}
+
+// Matrices decide one by one whether they are in float16, and their inputs are made accordingly.
+TEST(LogitsWhereOneMatrixIsNotInFp16) {
+  const Shape shape = WithGoal(SmallShapes()[4]);
+  const struct {
+    std::string name;
+    int num_inputs;
+    std::function<MatrixView(const Model&)> view;
+  } matrices[] = {
+      {"blocks.1.attn.value", shape.embed_dim, [](auto& m) { return m.layers[1].kvq.view(); }},
+      {"blocks.1.attn.proj", shape.embed_dim, [](auto& m) { return m.layers[1].proj.view(); }},
+      {"blocks.1.mlp.0", shape.embed_dim, [](auto& m) { return m.layers[1].up.view(); }},
+      {"blocks.1.mlp.2", 4 * shape.embed_dim, [](auto& m) { return m.layers[1].down.view(); }},
+      {"head", shape.embed_dim, [](auto& m) { return m.heads[0].view(); }},
+  };
+  for (const auto& matrix : matrices) {
+    const Context context(matrix.name);
+    const TinyColumn weights(matrix.name + ".weight", matrix.num_inputs);
+    CheckErrors(shape, weights, true);
+    for (const Ops* ops : TestedOps()) {
+      const Model model(shape, weights, *ops, true);
+      CHECK(matrix.view(model).type == NumberType::kBf16);
+      for (const auto& other : matrices) {
+        const bool is_half = ops->fp16_weights && &other != &matrix;
+        CHECK_EQ(other.view(model).type == NumberType::kFp16, is_half);
       }
+      CHECK_EQ(model.heads[1].view().type == NumberType::kFp16, ops->fp16_weights);
     }
   }
 }

@@ -298,11 +298,14 @@ TEST(InputsAreMadeAtOnce) {
         for (size_t i = 0; i < size; ++i) {
           if (i % padded < size_t(width)) x[i] = static_cast<float>(3.0 * random.Normal());
         }
-        std::vector<std::byte> inputs(size * InputBytes(*ops, type));
-        ops->layer_norm(x.data(), kRows, gamma.data(), beta.data(), width, NumberType::kFloat32,
-                        exact.data());
+        std::vector<std::byte> inputs(size * InputBytes(*ops, type), std::byte{0xA5});
+        for (int r = 0; r < kRows; ++r) {
+          ops->layer_norm(&x[r * padded], 1, gamma.data(), beta.data(), width, NumberType::kFloat32,
+                          &exact[r * padded]);
+        }
         ops->layer_norm(x.data(), kRows, gamma.data(), beta.data(), width, type, inputs.data());
         CHECK(inputs == Prepared(*ops, exact, type));
+        std::fill(inputs.begin(), inputs.end(), std::byte{0xA5});
         ops->gelu(x.data(), size, NumberType::kFloat32, exact.data());
         ops->gelu(x.data(), size, type, inputs.data());
         CHECK(inputs == Prepared(*ops, exact, type));

@@ -41,7 +41,7 @@ class Bench(Command):
     all: bool = False
     """Time the reference at large settings too: minutes for one plan."""
     threads: int | None = None
-    """Threads; all processors by default."""
+    """Threads; by default as many as this process, or its container, may use."""
     checkpoint: Path | None = None
     """Run folder or checkpoint."""
     env_id: str | None = None

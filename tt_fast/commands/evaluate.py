@@ -53,14 +53,14 @@ class Evaluate(Command):
     backend: str = "auto"
     """Planning backend: auto, cpu, cuda, torch or reference."""
     threads: int | None = None
-    """Threads of the cpu backend; all processors by default."""
+    """Threads of the cpu backend; by default as many as this process, or its container, may use."""
     deadline_ms: float | None = None
     """Milliseconds for one decision: the best plan found in this time (cpu backend)."""
     out: Path | None = None
     """JSON file to write, after every episode."""
     resume: bool = False
     """Keep the finished results in --out, which must be of these models and settings, and play what
-    is missing."""
+    is missing; a seed that was ended early is played anew."""
     video: Path | None = None
     """MP4 to write of the very first episode."""
     histogram: Path | None = None
@@ -75,6 +75,7 @@ class Evaluate(Command):
     plan: PlanConfig = field(default_factory=PlanConfig)
     """The beam search; defaults are the original's. Of --cdf-* and --k-* both apply, cdf first."""
     results: list[Any] = field(default_factory=list, init=False)
+    unfinished: list[Any] = field(default_factory=list, init=False)
 
     def run(self) -> None:
         from tt_fast.results import aggregate
@@ -91,7 +92,7 @@ class Evaluate(Command):
             result = self._evaluate(planners[folder], folder, seed, video)
             video = None
             self.results.append(result)
-            self._save(*self.results)
+            self._save(self.results)
             print(f"{folder}, seed {seed}: {result}")
             if result.interrupted:
                 raise KeyboardInterrupt
@@ -136,7 +137,8 @@ class Evaluate(Command):
             require(setting[name] == first, "checkpoints", f"one {name}, {first!r}", setting[name])
 
     def _keep_finished(self, planners: Mapping[Path, Planner]) -> None:
-        """Take over what --out holds, but for what Ctrl-C cut short: there long episodes lack."""
+        """Take over what --out holds; what was ended early lacks long episodes, and only stays in
+        the file until there is more."""
         if not self.resume or self.out is None or not self.out.exists():
             return
         from tt_fast.results import EvalSummary
@@ -147,7 +149,9 @@ class Evaluate(Command):
             if folder is None:
                 refuse("resume", wanted, f"one of {result.checkpoint}")
             self._check_setting(result, planners[folder])
-            if not result.interrupted:
+            if result.interrupted:
+                self.unfinished.append(result)
+            else:
                 self.results.append(result)
                 print(f"{folder}, seed {result.seed}, from {self.out}: {result}")
 
@@ -207,7 +211,7 @@ class Evaluate(Command):
         from tt_fast.evaluate import evaluate
 
         def keep(so_far: EvalResult) -> None:
-            self._save(*self.results, _named(so_far, folder))
+            self._save([*self.results, _named(so_far, folder)])
 
         result = evaluate(
             planner,
@@ -218,15 +222,28 @@ class Evaluate(Command):
             video,
             max_steps=self.max_steps,
             progress=not self.no_progress,
-            on_episode=keep,
+            on_episode=None if self.out is None else keep,
         )
         return _named(result, folder)
 
-    def _save(self, *results: EvalResult) -> None:
+    def _save(self, results: Sequence[EvalResult]) -> None:
         from tt_fast.results import aggregate
 
-        if self.out is not None:
-            aggregate(results).save(self.out)
+        if self.out is None:
+            return
+        kept = list(results)
+        for part in self.unfinished:
+            others = [result for result in kept if _overlap(result, part)]
+            if all(len(result.returns) < len(part.returns) for result in others):
+                kept = [result for result in kept if not _overlap(result, part)] + [part]
+        aggregate(kept).save(self.out)
+
+
+def _overlap(a: EvalResult, b: EvalResult) -> bool:
+    """Both have an episode of the same checkpoint and seed, as `aggregate` counts them."""
+    if a.checkpoint is None or b.checkpoint is None or not _is_of(a, Path(b.checkpoint)):
+        return False
+    return max(a.seed, b.seed) < min(a.seed + len(a.returns), b.seed + len(b.returns))
 
 
 def _named(result: EvalResult, checkpoint: Path) -> EvalResult:

@@ -32,7 +32,7 @@ class Plan(Command):
     backend: str = "auto"
     """Planning backend: auto, cpu, cuda, torch or reference."""
     threads: int | None = None
-    """Threads of the cpu backend; all processors by default."""
+    """Threads of the cpu backend; by default as many as this process, or its container, may use."""
     deadline_ms: float | None = None
     """Milliseconds for the plan: the best one found in this time (cpu backend)."""
     seed: int = 0

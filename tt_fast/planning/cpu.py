@@ -56,6 +56,7 @@ class PlanStats:
     """Floating point operations of matrix products, padding not counted"""
     attention_flops: float
     gemm_seconds: float
+    """Of matrix products; what makes their inputs is not in it"""
     attention_seconds: float
     bytes: int
     """Allocated for keys, values, activations and what is kept of the first layer, whether touched

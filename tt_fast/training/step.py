@@ -18,7 +18,6 @@ from torch import Tensor
 
 from tt_fast.config import TOKEN_KINDS, TrainConfig
 from tt_fast.data.windows import TokenWindows
-from tt_fast.limits import available_cpus
 from tt_fast.model import TrajectoryTransformer
 from tt_fast.training import fused_loss
 from tt_fast.training.losses import model_batch
@@ -61,7 +60,7 @@ class StepGradients:
     ) -> None:
         self._model, self._config, self._windows, self._workers = model, config, windows, workers
         on_cpu = model.pos_emb.device.type == "cpu"
-        self._passes = ParallelPasses(model, _num_threads()) if on_cpu else None
+        self._passes = ParallelPasses(model, torch.get_num_threads()) if on_cpu else None
         self._pass_windows = config.pass_windows or _pass_windows(model, config, windows, workers)
         several = self._pass_windows * workers.count < config.batch_size
         self._token_losses = _token_losses(model, config, several)
@@ -182,14 +181,9 @@ def _pass_windows(
     """Windows of one pass: what fits a processor's caches; a worker's share elsewhere."""
     if model.pos_emb.device.type != "cpu":
         return math.ceil(config.batch_size / workers.count)
-    threads = _num_threads() * workers.count
+    threads = torch.get_num_threads() * workers.count
     found = even_passes(config.batch_size, windows.window_len, threads)
     return int(workers.agree(found))  # processes may differ in threads
-
-
-def _num_threads() -> int:
-    """Torch's, but no more than a container may use: torch looks at the machine alone."""
-    return min(torch.get_num_threads(), available_cpus())
 
 
 def seed_device(device: torch.device, seed: int) -> None:
