@@ -119,23 +119,11 @@ void CheckErrors(const Shape& shape, const WeightSource& weights, bool bf16) {
 }
 
 // The first column of a matrix is so small that float16 would take its digits.
-class TinyColumn : public RandomWeights {
- public:
-  TinyColumn(std::string name, int num_inputs)
-      : RandomWeights(0), name_(std::move(name)), num_inputs_(num_inputs) {}
-  const float* Get(const std::string& name, size_t size) const override {
-    const float* values = RandomWeights::Get(name, size);
-    if (name != name_) return values;
-    tiny_.assign(values, values + size);
-    for (int i = 0; i < num_inputs_; ++i) tiny_[i] *= 1e-7f;
-    return tiny_.data();
-  }
-
- private:
-  std::string name_;
-  int num_inputs_;
-  mutable std::vector<float> tiny_;
-};
+EditedWeights TinyColumn(const std::string& matrix, int num_inputs) {
+  return EditedWeights([matrix, num_inputs](const std::string& name, std::vector<float>& values) {
+    for (int i = 0; name == matrix && i < num_inputs; ++i) values[i] *= 1e-7f;
+  });
+}
 
 }  // namespace
 
@@ -187,7 +175,7 @@ TEST(LogitsWhereOneMatrixIsNotInFp16) {
   };
   for (const auto& matrix : matrices) {
     const Context context(matrix.name);
-    const TinyColumn weights(matrix.name + ".weight", matrix.num_inputs);
+    const EditedWeights weights = TinyColumn(matrix.name + ".weight", matrix.num_inputs);
     CheckErrors(shape, weights, true);
     for (const Ops* ops : TestedOps()) {
       const Model model(shape, weights, *ops, true);

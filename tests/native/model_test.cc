@@ -4,7 +4,6 @@
 #include <bit>
 #include <cmath>
 #include <limits>
-#include <map>
 #include <stdexcept>
 
 #include "check.h"
@@ -189,25 +188,13 @@ TEST(PackedMatrixInFp16) {
 
 namespace {
 
-// Random weights, of which those whose name contains `part` are `scale` times as large.
-class ScaledWeights : public RandomWeights {
- public:
-  ScaledWeights(std::string part, double scale)
-      : RandomWeights(0), part_(std::move(part)), scale_(scale) {}
-  const float* Get(const std::string& name, size_t size) const override {
-    const float* values = RandomWeights::Get(name, size);
-    if (name.find(part_) == std::string::npos) return values;
-    std::vector<float>& scaled = scaled_[name];
-    scaled.clear();
-    for (size_t i = 0; i < size; ++i) scaled.push_back(static_cast<float>(values[i] * scale_));
-    return scaled.data();
-  }
-
- private:
-  std::string part_;
-  double scale_;
-  mutable std::map<std::string, std::vector<float>> scaled_;
-};
+// Those whose name contains `part` are `scale` times as large.
+EditedWeights ScaledWeights(const std::string& part, double scale) {
+  return EditedWeights([part, scale](const std::string& name, std::vector<float>& values) {
+    if (name.find(part) == std::string::npos) return;
+    for (float& x : values) x = static_cast<float>(x * scale);
+  });
+}
 
 // The bounds of csrc/model.cc, from the weights as they are.
 class Bounds {

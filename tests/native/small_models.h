@@ -3,10 +3,12 @@
 #define TT_TESTS_SMALL_MODELS_H_
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "isa.h"
@@ -46,6 +48,25 @@ class RandomWeights : public WeightSource {
   double scale_, relative_ = 0.0;
   mutable Random noise_{0};
   mutable std::map<std::string, std::vector<float>> values_;
+};
+
+// Random weights, changed by `edit` of a name and its numbers.
+class EditedWeights : public RandomWeights {
+ public:
+  using Edit = std::function<void(const std::string&, std::vector<float>&)>;
+  explicit EditedWeights(Edit edit) : RandomWeights(0), edit_(std::move(edit)) {}
+
+  const float* Get(const std::string& name, size_t size) const override {
+    const float* values = RandomWeights::Get(name, size);
+    std::vector<float>& edited = edited_[name];
+    edited.assign(values, values + size);
+    edit_(name, edited);
+    return edited.data();
+  }
+
+ private:
+  Edit edit_;
+  mutable std::map<std::string, std::vector<float>> edited_;
 };
 
 // Head widths 8, 16, 48 (not a power of 2 of any vector), 64, 5, 32, and sizes that fill no vector;

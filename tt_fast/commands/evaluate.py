@@ -174,8 +174,8 @@ class Evaluate(Command):
             mine = [result for result in self.results if _is_of(result, folder)]
             if any((r.seed, len(r.returns)) == (seed, self.episodes) for r in mine):
                 continue
-            played = {r.seed + j for r in mine for j in range(len(r.returns))}
-            is_new = played.isdisjoint(range(seed, seed + self.episodes))
+            wanted_seeds = range(seed, seed + self.episodes)
+            is_new = all(_seeds_of(result).isdisjoint(wanted_seeds) for result in mine)
             wanted = f"one whose episodes are all or none in {self.out}"
             require(is_new, "seeds", wanted, seed)
             missing.append((folder, seed))
@@ -232,18 +232,24 @@ class Evaluate(Command):
         if self.out is None:
             return
         kept = list(results)
-        for part in self.unfinished:
-            others = [result for result in kept if _overlap(result, part)]
-            if all(len(result.returns) < len(part.returns) for result in others):
-                kept = [result for result in kept if not _overlap(result, part)] + [part]
+        for part in self.unfinished:  # each episode once: of two results the one that has more
+            apart = [result for result in kept if not _overlap(result, part)]
+            if all(
+                len(result.returns) < len(part.returns) for result in kept if result not in apart
+            ):
+                kept = [*apart, part]
         aggregate(kept).save(self.out)
 
 
 def _overlap(a: EvalResult, b: EvalResult) -> bool:
-    """Both have an episode of the same checkpoint and seed, as `aggregate` counts them."""
-    if a.checkpoint is None or b.checkpoint is None or not _is_of(a, Path(b.checkpoint)):
-        return False
-    return max(a.seed, b.seed) < min(a.seed + len(a.returns), b.seed + len(b.returns))
+    """Both have an episode of the same checkpoint and seed."""
+    same = b.checkpoint is not None and _is_of(a, Path(b.checkpoint))
+    return same and not _seeds_of(a).isdisjoint(_seeds_of(b))
+
+
+def _seeds_of(result: EvalResult) -> set[int]:
+    """Of its episodes, those of the first if it was ended early."""
+    return set(range(result.seed, result.seed + len(result.returns)))
 
 
 def _named(result: EvalResult, checkpoint: Path) -> EvalResult:
