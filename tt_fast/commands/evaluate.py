@@ -233,11 +233,9 @@ class Evaluate(Command):
             return
         kept = list(results)
         for part in self.unfinished:  # each episode once: of two results the one that has more
-            apart = [result for result in kept if not _overlap(result, part)]
-            if all(
-                len(result.returns) < len(part.returns) for result in kept if result not in apart
-            ):
-                kept = [*apart, part]
+            others = [result for result in kept if _overlap(result, part)]
+            if all(len(result.returns) < len(part.returns) for result in others):
+                kept = [result for result in kept if not _overlap(result, part)] + [part]
         aggregate(kept).save(self.out)
 
 
