@@ -68,7 +68,8 @@ Floats RunGemm(const Floats& x, const Floats& weight, const Floats& bias, const 
   if (Cols(weight) != k) Refuse("weight", "(n, " + Text(k) + ")", ShapeText(weight));
   if (bias.ndim() != 1 || bias.shape(0) != n) Refuse("bias", Text(n) + " numbers", ShapeText(bias));
   const int padded_k = RoundUp(k, kPad), padded_n = RoundUp(n, kPad);
-  PackedMatrix packed(padded_k, padded_n, ops.panel_width, IsBf16(dtype));
+  const NumberType type = IsBf16(dtype) ? ops.bf16_weights : NumberType::kFloat32;
+  PackedMatrix packed(padded_k, padded_n, ops.panel_width, type);
   for (int col = 0; col < n; ++col) {
     for (int i = 0; i < k; ++i) packed.Set(i, col, weight.at(col, i));
     packed.SetBias(col, bias.at(col));

@@ -30,7 +30,7 @@ class Packer {
         head_layout_(model.head_layout),
         weights_(weights),
         panel_width_(model.ops.panel_width),
-        bf16_(model.bf16) {}
+        type_(model.bf16 ? model.ops.bf16_weights : NumberType::kFloat32) {}
 
   AlignedBuffer<float> Vector(const std::string& name) const {
     return Padded(weights_.Get(name, shape_.embed_dim), 1, shape_.embed_dim, shape_.width());
@@ -43,7 +43,7 @@ class Packer {
 
   // Keys, values and queries of all heads as one matrix, in this order: what is cached comes first.
   PackedMatrix Kvq(const std::string& prefix) const {
-    PackedMatrix packed(shape_.width(), 3 * shape_.attn_width(), panel_width_, bf16_);
+    PackedMatrix packed(shape_.width(), 3 * shape_.attn_width(), panel_width_, type_);
     const char* parts[] = {"key", "value", "query"};
     for (int part = 0; part < 3; ++part) {
       const auto column = [&](int col) { return part * shape_.attn_width() + HeadColumn(col); };
@@ -53,14 +53,14 @@ class Packer {
   }
 
   PackedMatrix Proj(const std::string& name) const {
-    PackedMatrix packed(shape_.attn_width(), shape_.width(), panel_width_, bf16_);
+    PackedMatrix packed(shape_.attn_width(), shape_.width(), panel_width_, type_);
     const auto row = [this](int i) { return HeadColumn(i); };
     Fill(packed, name, shape_.embed_dim, shape_.embed_dim, Same, row);
     return packed;
   }
 
   PackedMatrix Linear(const std::string& name, int k, int n) const {
-    PackedMatrix packed(RoundUp(k, kPad), RoundUp(n, kPad), panel_width_, bf16_);
+    PackedMatrix packed(RoundUp(k, kPad), RoundUp(n, kPad), panel_width_, type_);
     Fill(packed, name, k, n, Same, Same);
     return packed;
   }
@@ -72,7 +72,7 @@ class Packer {
     const float* source = weights_.Get(name, size * shape_.transition_dim());
     std::vector<PackedMatrix> heads;
     for (int dim = 0; dim < shape_.transition_dim(); ++dim) {
-      heads.emplace_back(shape_.width(), shape_.logits_width(), panel_width_, bf16_);
+      heads.emplace_back(shape_.width(), shape_.logits_width(), panel_width_, type_);
       FillWeights(heads.back(), source + dim * size, embed, ids, Same, Same);
     }
     return heads;
@@ -109,7 +109,7 @@ class Packer {
   const HeadLayout& head_layout_;
   const WeightSource& weights_;
   int panel_width_;
-  bool bf16_;
+  NumberType type_;
 };
 
 // Whether float16 does for numbers with these bounds. It ends at 2^16, which leaves room for
@@ -172,37 +172,36 @@ int HeadLayout::Column(int head, int i) const {
   return begin + vector * width + lane;
 }
 
-PackedMatrix::PackedMatrix(int k, int n, int panel_width, bool bf16)
-    : k_(k),
-      n_(n),
-      panel_width_(panel_width),
-      type_(bf16 ? NumberType::kBf16 : NumberType::kFloat32) {
+PackedMatrix::PackedMatrix(int k, int n, int panel_width, NumberType type)
+    : k_(k), n_(n), panel_width_(panel_width), type_(type) {
   const size_t size = static_cast<size_t>(k) * n;
-  bf16 ? half_data_.ReserveZeroed(size) : float_data_.ReserveZeroed(size);
+  type == NumberType::kBf16 ? half_data_.ReserveZeroed(size) : float_data_.ReserveZeroed(size);
   bias_.ReserveZeroed(n);
 }
 
 size_t PackedMatrix::Index(NumberType type, int i, int col) const {
   const size_t panel = col / panel_width_, column = col % panel_width_;
-  if (type == NumberType::kFloat32) return (panel * k_ + i) * panel_width_ + column;
+  if (type == NumberType::kFloat32 || type == NumberType::kRounded)
+    return (panel * k_ + i) * panel_width_ + column;
   const size_t place =
       type == NumberType::kFp16 ? column / 2 + column % 2 * (panel_width_ / 2) : column;
   return ((panel * (k_ / 2) + i / 2) * panel_width_ + place) * 2 + i % 2;
 }
 
 void PackedMatrix::Set(int i, int col, float value) {
-  if (type_ == NumberType::kFloat32) {
-    float_data_[Index(type_, i, col)] = value;
+  assert(type_ != NumberType::kFp16);
+  const size_t index = Index(type_, i, col);
+  if (type_ == NumberType::kBf16) {
+    half_data_[index] = ToBf16(value);
   } else {
-    assert(type_ == NumberType::kBf16);
-    half_data_[Index(type_, i, col)] = ToBf16(value);
+    float_data_[index] = type_ == NumberType::kRounded ? FromBf16(ToBf16(value)) : value;
   }
 }
 
 float PackedMatrix::At(int i, int col) const {
   assert(type_ != NumberType::kFp16);
   const size_t index = Index(type_, i, col);
-  return type_ == NumberType::kFloat32 ? float_data_[index] : FromBf16(half_data_[index]);
+  return type_ == NumberType::kBf16 ? FromBf16(half_data_[index]) : float_data_[index];
 }
 
 double PackedMatrix::ColumnNorm(int col) const {
@@ -221,13 +220,13 @@ double PackedMatrix::BoundOutput(double input_bound, int first, int last) const 
 }
 
 bool PackedMatrix::TryFp16(double input_bound) {
-  assert(type_ == NumberType::kBf16);
+  assert(type_ == NumberType::kRounded);
   std::vector<double> norms;
   for (int col = 0; col < n_; ++col) norms.push_back(ColumnNorm(col));
   const double weight_bound = *std::max_element(norms.begin(), norms.end());
   // no part of a sum is larger than the product of the two norms
   if (!FitFp16({input_bound, weight_bound, input_bound * weight_bound})) return false;
-  AlignedBuffer<uint16_t> rounded(half_data_.size());
+  AlignedBuffer<uint16_t> rounded(static_cast<size_t>(k_) * n_);
   for (int col = 0; col < n_; ++col) {
     double squares = 0.0;  // of what the column loses
     for (int i = 0; i < k_; ++i) {
@@ -240,6 +239,7 @@ bool PackedMatrix::TryFp16(double input_bound) {
     if (!(std::sqrt(squares) <= 0x1p-9 * norms[col])) return false;  // or is no number
   }
   half_data_ = std::move(rounded);
+  float_data_ = AlignedBuffer<float>();
   type_ = NumberType::kFp16;
   return true;
 }

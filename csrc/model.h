@@ -66,7 +66,8 @@ struct HeadLayout {
 class PackedMatrix {
  public:
   PackedMatrix() = default;
-  PackedMatrix(int k, int n, int panel_width, bool bf16);
+  // Type: kFloat32, or one that Ops::bf16_weights may be.
+  PackedMatrix(int k, int n, int panel_width, NumberType type);
 
   // Element (i, col) of the padded matrix, and of the bias; zero until set.
   void Set(int i, int col, float value);
@@ -74,7 +75,7 @@ class PackedMatrix {
 
   // Bounds are of Euclidean norms, of every input row and of what columns [first, last) make of it.
   double BoundOutput(double input_bound, int first, int last) const;
-  // From bfloat16, once: says whether every number and every sum is in float16's range, and columns
+  // From kRounded, once: says whether every number and every sum is in float16's range, and columns
   // lose less than they may have lost to bfloat16. If so, nothing else but views comes after it.
   bool TryFp16(double input_bound);
 
@@ -85,13 +86,14 @@ class PackedMatrix {
   }
 
  private:
+  bool in_floats() const { return float_data_.size() > 0; }
   // Where element (i, col) is among numbers of that type.
   size_t Index(NumberType type, int i, int col) const;
-  // Of float32 or bfloat16.
+  // Of all types but kFp16.
   float At(int i, int col) const;
   double ColumnNorm(int col) const;
   const void* Data(size_t offset) const {
-    if (type_ == NumberType::kFloat32) return float_data_.data() + offset;
+    if (in_floats()) return float_data_.data() + offset;
     return half_data_.data() + offset;
   }
 

@@ -30,7 +30,8 @@ constexpr int RoundUp(int n, int multiple) { return (n + multiple - 1) / multipl
 // What weights, and the inputs they are multiplied with, are rounded to; keys and values, too.
 enum class NumberType {
   kFloat32,
-  kBf16,  // sums are float32
+  kBf16,     // sums are float32
+  kRounded,  // weights alone: kBf16, but all numbers lie in memory as float32
   // Weights that are bfloat16, as float16, which is exact from 2^-17 on. Sums of kFp16Sum products
   // are float16, sums of these are float32.
   kFp16,
@@ -44,7 +45,7 @@ inline constexpr int kFp16Sum = 128;
 inline constexpr int kFp16Values = 32;
 
 // A weight matrix (k, n), n and k padded, in panels of Ops::panel_width columns.
-// float32: data[(panel * k + i) * panel_width + column]
+// kFloat32, kRounded: data[(panel * k + i) * panel_width + column]
 // others: data[((panel * k / 2 + i / 2) * panel_width + place) * 2 + i % 2], where place is the
 // column, or for float16 column / 2 + column % 2 * panel_width / 2
 struct MatrixView {
@@ -172,7 +173,9 @@ struct Ops {
   const char* name;
   int panel_width;
   int bundle_heads;  // that `attend` takes at once, if a model's heads suit it
-  // Whether kFp16 is faster than kBf16: of weights in `gemm`, of keys in `round` and, in bundles,
+  // What bfloat16's weights are to `gemm`: kBf16, or kRounded where each would have to be widened.
+  NumberType bf16_weights;
+  // Whether kFp16 is faster than that: of weights in `gemm`, of keys in `round` and, in bundles,
   // `attend`.
   bool fp16_weights;
   bool fp16_keys;

@@ -7,7 +7,7 @@ constexpr char kName[] = "avx512";
 #include "simd_ops.h"
 
 namespace {
-constexpr Ops kOps = MakeOps(Gemm, PeakLoop);
+constexpr Ops kOps = MakeOps();
 }
 
 namespace tt {

@@ -154,5 +154,6 @@ inline void StoreBf16(Vec a, uint16_t* p) {
 constexpr int kTileRows = 12;
 constexpr int kRegisters = 32;
 constexpr int kTileVecs = 2;
+constexpr int kPointerRows = kTileRows;  // one pointer
 
 }  // namespace

@@ -12,17 +12,17 @@ namespace {
 // longer than one on AMD's processors. (On Intel's it takes as long as four: there this table is
 // used by name, and as the base of AMX's.)
 
-// Rows i and i + 1 of w, as AddPair of simd_ops.h.
+// As AddPair of simd_ops.h.
 template <int kRows>
-inline void AddPair(const uint16_t* a, size_t lda, const uint16_t* w, int i,
+inline void AddPair(const TileRows<kRows, uint16_t>& a, const uint16_t* w,
                     Vec (&sums)[kRows][kTileVecs]) {
   __m512bh column[kTileVecs];
   UNROLL for (int v = 0; v < kTileVecs; ++v) {
-    column[v] = (__m512bh)_mm512_loadu_si512(w + i * kPanel + v * 2 * kWidth);
+    column[v] = (__m512bh)_mm512_loadu_si512(w + v * 2 * kWidth);
   }
   UNROLL for (int r = 0; r < kRows; ++r) {
     int32_t pair;
-    __builtin_memcpy(&pair, a + r * lda + i, sizeof(pair));
+    __builtin_memcpy(&pair, a[r], sizeof(pair));
     const __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
     UNROLL for (int v = 0; v < kTileVecs; ++v) {
       sums[r][v] = Vec(_mm512_dpbf16_ps(sums[r][v].v, x, column[v]));
@@ -49,7 +49,7 @@ double DotPeakLoop(int64_t iterations, bool bf16) {
   return static_cast<double>(iterations) * kTileRows * kTileVecs * kWidth * 4;
 }
 
-constexpr Ops kOps = MakeOps<Bfloats>(DotGemm, DotPeakLoop);
+constexpr Ops kOps = MakeOps<Bfloats>(NumberType::kBf16, DotGemm, DotPeakLoop);
 
 }  // namespace
 

@@ -139,7 +139,7 @@ void HalfAttend(const AttendArgs& args) {
 }
 
 constexpr Ops MakeHalfOps() {
-  Ops ops = MakeOps<RoundedFloats, HalfInputs>(HalfGemm, HalfPeakLoop);
+  Ops ops = MakeOps<HalfInputs>(NumberType::kRounded, HalfGemm, HalfPeakLoop);
   ops.fp16_weights = ops.fp16_keys = true;
   ops.round = HalfRound;
   ops.attend = HalfAttend;

@@ -84,12 +84,13 @@ inline void StoreBf16(Vec a, uint16_t* p) { vst1_u16(p, vshrn_n_u32(NearestBf16(
 constexpr int kTileRows = 6;
 constexpr int kRegisters = 32;
 constexpr int kTileVecs = 4;
+constexpr int kPointerRows = kTileRows;  // one pointer
 
 }  // namespace
 #include "simd_ops.h"
 
 namespace {
-constexpr Ops kOps = MakeOps(Gemm, PeakLoop);
+constexpr Ops kOps = MakeOps();
 }
 
 namespace tt {

@@ -13,12 +13,7 @@ constexpr int kPanel = 16;
 
 float Weight(const MatrixView& w, int i, int col) {
   const size_t panel = static_cast<size_t>(col) / kPanel;
-  const int column = col % kPanel;
-  if (w.type == NumberType::kFloat32) {
-    return static_cast<const float*>(w.data)[(panel * w.k + i) * kPanel + column];
-  }
-  const size_t pair = (panel * (w.k / 2) + i / 2) * kPanel + column;
-  return FromBf16(static_cast<const uint16_t*>(w.data)[pair * 2 + i % 2]);
+  return static_cast<const float*>(w.data)[(panel * w.k + i) * kPanel + col % kPanel];
 }
 
 void Gemm(const MatrixView& w, int num_cols, const void* a, size_t lda, int rows, float* c,
@@ -119,9 +114,25 @@ double PeakLoop(int64_t iterations, bool) {
   return static_cast<double>(iterations) * 16.0;
 }
 
-constexpr Ops kOps = {"scalar",      kPanel,    1,         false,         false,    Gemm,
-                      Prepare,       LayerNorm, Gelu,      RoundNumbers,  Attend,   TrainForward,
-                      TrainBackward, TrainGelu, TrainNorm, TrainNormGrad, DrawKeep, Softmax,
+constexpr Ops kOps = {"scalar",
+                      kPanel,
+                      1,
+                      NumberType::kRounded,
+                      false,
+                      false,
+                      Gemm,
+                      Prepare,
+                      LayerNorm,
+                      Gelu,
+                      RoundNumbers,
+                      Attend,
+                      TrainForward,
+                      TrainBackward,
+                      TrainGelu,
+                      TrainNorm,
+                      TrainNormGrad,
+                      DrawKeep,
+                      Softmax,
                       PeakLoop};
 
 }  // namespace

@@ -236,14 +236,13 @@ inline Vec ExpScores(float* scores, int len, Prefetcher<kVecs, Key>& prefetcher)
 
 // A weighted sum is several sums side by side, which hides the latency of a multiply-add: value j
 // goes to chain j % kChains. A row's order of additions is the same alone and beside another one,
-// so that plans do not depend on how rows are shared out. What registers cannot hold for two rows
-// is done in parts.
-constexpr int kValues = 4;  // a step
-template <int kVecs>
-inline constexpr int kPartOf = kVecs < kRegisters / 4 ? kVecs : kRegisters / 4;
+// so that plans do not depend on how rows are shared out.
+constexpr int kValues = 4;                 // a step
+constexpr int kMostSums = kRegisters / 4;  // of one of two rows
 template <int kParts>
-inline constexpr int kChainsOf =
-    kRegisters / 4 / kParts > kValues ? kValues : kRegisters / 4 / kParts;
+inline constexpr int kChainsOf = kParts > kMostSums             ? 1
+                                 : kMostSums / kParts > kValues ? kValues
+                                                                : kMostSums / kParts;
 
 template <int kVecs, typename Key>
 struct Chains {
@@ -308,6 +307,20 @@ template <int kHeads, int kVecs, typename Key, typename Prefetch>
 inline void AddSharedValues(const float* weights, size_t stride, const Key* values,
                             const uint32_t* path, int end, Chains<kVecs, Key>* out,
                             Prefetch& prefetcher) {
+  if constexpr (kPartsOf<kVecs, Key> > kMostSums) {  // more than registers hold: half after half
+    constexpr int kHalf = kVecs / 2;
+    UNROLL for (int begin = 0; begin < kVecs; begin += kHalf) {
+      Chains<kHalf, Key> halves[2];
+      AddSharedValues<kHeads, kHalf>(weights, stride, values + begin * kWidth, path, end, halves,
+                                     prefetcher);
+      static_assert(halves[0].kChains == 1);
+      UNROLL for (int v = 0; v < kHalf; ++v) {
+        out[0].sums[0][begin + v] = halves[0].sums[0][v];
+        out[1].sums[0][begin + v] = halves[1].sums[0][v];
+      }
+    }
+    return;
+  }
   Chains<kVecs, Key> a, b;
   Clear(a);
   Clear(b);
@@ -338,8 +351,8 @@ inline void AddSharedValues(const float* weights, size_t stride, const Key* valu
 template <int kHeads, int kVecs, typename Key>
 inline void AttendBlock(const AttendArgs& args, const FreshNodes& fresh, int bundle, int r,
                         int num_rows) {
-  constexpr int kLanes = kLanesOf<kHeads>, kPart = kPartOf<kVecs>;
-  static_assert(kLanes % kValues == 0 && kVecs % kPart == 0);
+  constexpr int kLanes = kLanesOf<kHeads>;
+  static_assert(kLanes % kValues == 0);
   const int column = bundle * args.bundle_stride;
   const Key* keys = static_cast<const Key*>(args.kv) + 2 * bundle * args.bundle_size;
   const Key* values = keys + args.bundle_size;
@@ -370,15 +383,13 @@ inline void AttendBlock(const AttendArgs& args, const FreshNodes& fresh, int bun
   }
   for (int i = 0; i < num_rows; i += 2) {
     asks_values.SkipTo(fresh_of(i));
-    for (int part = 0; part < kVecs * kWidth; part += kPart * kWidth) {
-      Chains<kPart, Key> chains[2];
-      AddSharedValues<kHeads, kPart>(scores(i), args.scores_size, values + part, paths[i], ends[i],
-                                     chains, asks_values);
-      for (int row = i; row < i + 2 && row < num_rows; ++row) {
-        StoreTotal(AddValues<kHeads, kPart>(chains[row - i], scores(row), values + part, paths[row],
-                                            ends[i], lens[row], asks_values),
-                   scales[row], out + row * args.out_stride + part);
-      }
+    Chains<kVecs, Key> chains[2];
+    AddSharedValues<kHeads, kVecs>(scores(i), args.scores_size, values, paths[i], ends[i], chains,
+                                   asks_values);
+    for (int row = i; row < i + 2 && row < num_rows; ++row) {
+      StoreTotal(AddValues<kHeads, kVecs>(chains[row - i], scores(row), values, paths[row], ends[i],
+                                          lens[row], asks_values),
+                 scales[row], out + row * args.out_stride);
     }
   }
 }

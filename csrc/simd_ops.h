@@ -1,5 +1,5 @@
 // The kernels, written once over a vector type. Include it after defining, in an anonymous
-// namespace, `Vec`, kName, kTileRows, kTileVecs and kRegisters; it defines `MakeOps`.
+// namespace, `Vec`, kName, kTileRows, kTileVecs, kPointerRows and kRegisters; it defines `MakeOps`.
 //
 // No include guard and nothing but anonymous namespaces: each instruction set has its own copy.
 #include "normal_table.h"
@@ -199,17 +199,15 @@ void LayerNormAs(const float* x, int rows, const float* gamma, const float* beta
   }
 }
 
-// The functions of a table that make inputs, for weights of any type.
-template <typename OfBf16, typename OfFp16>
+// The functions of a table that make inputs. OfHalves: for weights of 16 bits, if there are any.
+template <typename OfHalves>
 struct InputsOf {
   // f(out as Inputs, Inputs())
   template <typename F>
   static void Choose(NumberType type, void* out, F&& f) {
     if (type == NumberType::kFloat32) return f(static_cast<float*>(out), Floats());
-    if (type == NumberType::kBf16) {
-      return f(static_cast<typename OfBf16::Number*>(out), OfBf16());
-    }
-    f(static_cast<typename OfFp16::Number*>(out), OfFp16());
+    if (type == NumberType::kRounded) return f(static_cast<float*>(out), RoundedFloats());
+    f(static_cast<typename OfHalves::Number*>(out), OfHalves());
   }
   static void Prepare(const float* x, size_t n, NumberType type, void* out) {
     Choose(type, out, [=](auto* to, auto inputs) { PrepareAs<decltype(inputs)>(x, n, to); });
@@ -259,33 +257,45 @@ inline void StoreSum(Vec sum, float* out, bool add) {
   (add ? sum + Vec::Load(out) : sum).Store(out);
 }
 
-// Row i + kOdd of a panel of weights, i even.
-template <int kOdd>
-inline Vec LoadWeights(const float* w, int i, int v) {
-  return Vec::Load(w + (i + kOdd) * kPanel + v * kWidth);
-}
-template <int kOdd>
-inline Vec LoadWeights(const uint16_t* w, int i, int v) {
-  return Vec::LoadHalfPairs<kOdd>(w + i * kPanel + v * 2 * kWidth);
-}
+// Rows of the left factor, kPointerRows of them to a pointer.
+template <int kRows, typename Number>
+class TileRows {
+ public:
+  TileRows(const Number* a, size_t lda) : lda_(lda) {
+    UNROLL for (int i = 0; i < kPointers; ++i) {
+      starts_[i] = a + i * kPointerRows * lda;
+      asm("" : "+r"(starts_[i]));  // unrelated to each other, for all that it knows
+    }
+  }
+  const Number* operator[](int r) const {
+    return starts_[r / kPointerRows] + r % kPointerRows * lda_;
+  }
+  void Advance(int n) { UNROLL for (const Number*& start : starts_) start += n; }
 
-template <int kOdd, int kRows, typename Weight>
-inline void AddProducts(const float* a, size_t lda, const Weight* w, int i,
+ private:
+  static constexpr int kPointers = (kRows + kPointerRows - 1) / kPointerRows;
+  const Number* starts_[kPointers];
+  size_t lda_;
+};
+
+// The first or second column of a times that row of w.
+template <int kOdd, int kRows>
+inline void AddProducts(const TileRows<kRows, float>& a, const float* w,
                         Vec (&sums)[kRows][kTileVecs]) {
   Vec column[kTileVecs];
-  UNROLL for (int v = 0; v < kTileVecs; ++v) column[v] = LoadWeights<kOdd>(w, i, v);
+  UNROLL for (int v = 0; v < kTileVecs; ++v) column[v] = Vec::Load(w + kOdd * kPanel + v * kWidth);
   UNROLL for (int r = 0; r < kRows; ++r) {
-    const Vec x = Vec::Broadcast(a + r * lda + i + kOdd);
+    const Vec x = Vec::Broadcast(a[r] + kOdd);
     UNROLL for (int v = 0; v < kTileVecs; ++v) sums[r][v] = Fma(x, column[v], sums[r][v]);
   }
 }
 
-// Rows i and i + 1 of w.
-template <int kRows, typename Weight>
-inline void AddPair(const float* a, size_t lda, const Weight* w, int i,
+// Two columns of a and rows of w.
+template <int kRows>
+inline void AddPair(const TileRows<kRows, float>& a, const float* w,
                     Vec (&sums)[kRows][kTileVecs]) {
-  AddProducts<0>(a, lda, w, i, sums);
-  AddProducts<1>(a, lda, w, i, sums);
+  AddProducts<0>(a, w, sums);
+  AddProducts<1>(a, w, sums);
 }
 
 // A tile of c: kRows rows times one panel. Its sums stay in registers over all of k. A line of
@@ -299,9 +309,13 @@ struct Tile {
     UNROLL for (int r = 0; r < kRows; ++r) {
       UNROLL for (int v = 0; v < kTileVecs; ++v) sums[r][v] = Vec::Load(bias + v * kWidth);
     }
+    TileRows<kRows, Number> rows(a, lda);
     for (int i = 0; i < k; i += 2) {
-      __builtin_prefetch(next + i * kLine / 2, 0, 2);
-      AddPair(a, lda, w, i, sums);
+      __builtin_prefetch(next, 0, 2);
+      AddPair(rows, w, sums);
+      rows.Advance(2);
+      w += 2 * kPanel;
+      next += kLine;
     }
     UNROLL for (int r = 0; r < kRows; ++r) {
       UNROLL for (int v = 0; v < kTileVecs; ++v) {
@@ -346,20 +360,15 @@ inline void TileLoop(const MatrixView& w, int num_cols, const Number* a, size_t 
   }
 }
 
-// Weights in bfloat16 become float32 as they are loaded, so that only their memory is saved.
+// Of weights in float32, rounded or not.
 inline void Gemm(const MatrixView& w, int num_cols, const void* a, size_t lda, int rows, float* c,
                  size_t ldc, bool add) {
-  const float* numbers = static_cast<const float*>(a);
-  if (w.type == NumberType::kFloat32) {
-    TileLoop<float>(w, num_cols, numbers, lda, rows, c, ldc, add);
-  } else {
-    TileLoop<uint16_t>(w, num_cols, numbers, lda, rows, c, ldc, add);
-  }
+  TileLoop<float>(w, num_cols, static_cast<const float*>(a), lda, rows, c, ldc, add);
 }
 
 // ---- the machine's peak ----
 
-// As many independent sums as a tile has, no memory. Products in bfloat16 are done alike.
+// As many independent sums as a tile has, no memory. Rounded numbers are multiplied alike.
 double PeakLoop(int64_t iterations, bool) {
   Vec sums[kTileRows * kTileVecs];
   UNROLL for (Vec& sum : sums) sum = Vec(1.0f);
@@ -371,14 +380,15 @@ double PeakLoop(int64_t iterations, bool) {
   return static_cast<double>(iterations) * kTileRows * kTileVecs * kWidth * 2;
 }
 
-// Inputs are those that `gemm` takes.
-template <typename OfBf16 = RoundedFloats, typename OfFp16 = OfBf16>
-constexpr Ops MakeOps(decltype(Ops::gemm) gemm, decltype(Ops::peak_loop) peak_loop) {
-  using Inputs = InputsOf<OfBf16, OfFp16>;
-  return {kName,         kPanel,          kBundleHeads,      false,        false,
-          gemm,          Inputs::Prepare, Inputs::LayerNorm, Inputs::Gelu, RoundNumbers,
-          Attend,        TrainForward,    TrainBackward,     TrainGelu,    TrainNorm,
-          TrainNormGrad, DrawKeep,        Softmax,           peak_loop};
+template <typename OfHalves = RoundedFloats>
+constexpr Ops MakeOps(NumberType bf16_weights = NumberType::kRounded,
+                      decltype(Ops::gemm) gemm = Gemm,
+                      decltype(Ops::peak_loop) peak_loop = PeakLoop) {
+  using Inputs = InputsOf<OfHalves>;
+  return {kName,        kPanel,        kBundleHeads,    bf16_weights,      false,
+          false,        gemm,          Inputs::Prepare, Inputs::LayerNorm, Inputs::Gelu,
+          RoundNumbers, Attend,        TrainForward,    TrainBackward,     TrainGelu,
+          TrainNorm,    TrainNormGrad, DrawKeep,        Softmax,           peak_loop};
 }
 
 }  // namespace

@@ -1,7 +1,8 @@
 """The arithmetic of csrc/, one table a processor's instruction set, against float64.
 
 Rule of tolerance: at most twice the error of PyTorch's float32 (or bfloat16) result against the
-same float64 one, plus a few roundings of the largest number.
+same float64 one, plus a few roundings of the largest number. PyTorch's error depends on the
+processor; where it does not cover sums one after the other, their roundings are counted.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from torch.nn import functional as F
 from tt_fast.planning.cpu import _core, available_isas
 
 EPS = {"float32": 2.0**-23, "bfloat16": 2.0**-8}
+
+#: The smallest normal float32; some tables return zero below it.
+TINY = 2.0**-126
 
 isas = pytest.mark.parametrize("isa", available_isas())
 
@@ -129,7 +133,11 @@ def test_softmax(isa: str, cols: int) -> None:
     x[1, cols // 2 :] = -1000.0
     x[2, : cols - 1] = -torch.inf
     got = _core.softmax(x.numpy(), isa=isa)
-    assert_close(got, x.double().softmax(-1), x.softmax(-1))
+    exact = x.double().softmax(-1).numpy()
+    # half an EPS each: the difference to the largest, its exponential's 4, the sum's, the quotient
+    below = (x.amax(-1, keepdim=True) - x).clamp(max=200.0).double().numpy()
+    allowed = exact * 0.5 * EPS["float32"] * (2.0 * below + cols + 8)
+    assert (np.abs(got - exact) <= allowed + TINY).all()
     assert (got[2, : cols - 1] == 0.0).all()
 
 

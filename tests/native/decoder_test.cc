@@ -179,7 +179,7 @@ TEST(LogitsWhereOneMatrixIsNotInFp16) {
     CheckErrors(shape, weights, true);
     for (const Ops* ops : TestedOps()) {
       const Model model(shape, weights, *ops, true);
-      CHECK(matrix.view(model).type == NumberType::kBf16);
+      CHECK(matrix.view(model).type == ops->bf16_weights);
       for (const auto& other : matrices) {
         const bool is_half = ops->fp16_weights && &other != &matrix;
         CHECK_EQ(other.view(model).type == NumberType::kFp16, is_half);

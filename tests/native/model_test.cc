@@ -85,19 +85,19 @@ TEST(ModelPassesOnWhatItsWeightsThrow) {
 TEST(PackedMatrixLayout) {
   constexpr int kRows = 32, kCols = 64, kPanel = 16;
   const auto number = [](int i, int col) { return static_cast<float>(i * kCols + col) + 0.3f; };
-  for (bool bf16 : {false, true}) {
-    PackedMatrix packed(kRows, kCols, kPanel, bf16);
+  for (NumberType type : {NumberType::kFloat32, NumberType::kRounded, NumberType::kBf16}) {
+    const bool bf16 = type == NumberType::kBf16;
+    PackedMatrix packed(kRows, kCols, kPanel, type);
     for (int col = 0; col < kCols; ++col) {
       packed.SetBias(col, static_cast<float>(col));
       for (int i = 0; i < kRows; ++i) packed.Set(i, col, number(i, col));
     }
     const MatrixView view = packed.view();
-    CHECK(view.k == kRows && view.n == kCols && (view.type == NumberType::kBf16) == bf16);
+    CHECK(view.k == kRows && view.n == kCols && view.type == type);
     const MatrixView part = packed.view(2 * kPanel);
     const size_t begin = static_cast<const char*>(part.data) - static_cast<const char*>(view.data);
     CHECK_EQ(begin, 2 * kPanel * kRows * (bf16 ? sizeof(uint16_t) : sizeof(float)));
-    CHECK(part.k == kRows && part.n == kCols - 2 * kPanel &&
-          (part.type == NumberType::kBf16) == bf16);
+    CHECK(part.k == kRows && part.n == kCols - 2 * kPanel && part.type == type);
     CHECK_EQ(part.bias[1], 2.0f * kPanel + 1.0f);
     for (int col = 0; col < kCols; ++col) {
       CHECK_EQ(view.bias[col], static_cast<float>(col));
@@ -109,7 +109,9 @@ TEST(PackedMatrixLayout) {
           CHECK_EQ(std::bit_cast<float>(uint32_t{bits} << 16), RoundToBf16(number(i, col)));
         } else {
           const size_t index = (panel * kRows + i) * kPanel + column;
-          CHECK_EQ(static_cast<const float*>(view.data)[index], number(i, col));
+          const float want = number(i, col);
+          CHECK_EQ(static_cast<const float*>(view.data)[index],
+                   type == NumberType::kRounded ? RoundToBf16(want) : want);
         }
       }
     }
@@ -141,7 +143,7 @@ TEST(PackedMatrixInFp16) {
   constexpr int kRows = 32, kCols = 64, kPanel = 32;
   const auto number = [](int i, int col) { return static_cast<float>(i - col) / 64.0f; };
   const auto pack = [&](float scale) {
-    PackedMatrix packed(kRows, kCols, kPanel, true);
+    PackedMatrix packed(kRows, kCols, kPanel, NumberType::kRounded);
     for (int col = 0; col < kCols; ++col) {
       packed.SetBias(col, 3.0f);
       for (int i = 0; i < kRows; ++i) packed.Set(i, col, scale * number(i, col));

@@ -37,7 +37,7 @@ size_t InputBytes(const Ops& ops, NumberType type) {
 
 // Types of weights that a table multiplies.
 std::vector<NumberType> InputTypes(const Ops& ops) {
-  std::vector<NumberType> types = {NumberType::kFloat32, NumberType::kBf16};
+  std::vector<NumberType> types = {NumberType::kFloat32, ops.bf16_weights};
   if (ops.fp16_weights) types.push_back(NumberType::kFp16);
   return types;
 }
@@ -85,7 +85,7 @@ struct GemmCase {
 
   double Rounded(float x) const {
     if (type == NumberType::kFp16) return RoundToFp16(x);
-    return type == NumberType::kBf16 ? RoundToBf16(x) : x;
+    return type == NumberType::kFloat32 ? x : RoundToBf16(x);
   }
 
   double RoundedWeight(float x) const {
@@ -93,7 +93,8 @@ struct GemmCase {
   }
 
   PackedMatrix Pack(const Ops& ops) const {
-    PackedMatrix packed(k, n, ops.panel_width, type != NumberType::kFloat32);
+    const NumberType first = type == NumberType::kFp16 ? ops.bf16_weights : type;
+    PackedMatrix packed(k, n, ops.panel_width, first);
     for (int col = 0; col < n; ++col) {
       packed.SetBias(col, bias[col]);
       for (int i = 0; i < k; ++i) packed.Set(i, col, weight[size_t(i) * n + col]);
@@ -145,7 +146,8 @@ void CheckGemm(const Ops& ops, const GemmCase& test, const PackedMatrix& packed,
 void CheckGemmCase(int k, int n, int num_cols, NumberType type) {
   const GemmCase test(k, n, num_cols, type);
   for (const Ops* ops : TestedOps()) {
-    if (type == NumberType::kFp16 && !ops->fp16_weights) continue;
+    const std::vector<NumberType> types = InputTypes(*ops);
+    if (std::find(types.begin(), types.end(), type) == types.end()) continue;
     const PackedMatrix packed = test.Pack(*ops);
     for (bool add : {false, true}) {
       for (int rows = 1; rows <= 13; ++rows) CheckGemm(*ops, test, packed, rows, add);
@@ -218,7 +220,8 @@ void CheckSoftmax(const Ops& ops, int n, double spread, bool in_place, double sh
 }  // namespace
 
 TEST(GemmAllTypes) {
-  for (NumberType type : {NumberType::kFloat32, NumberType::kBf16, NumberType::kFp16}) {
+  for (NumberType type :
+       {NumberType::kFloat32, NumberType::kBf16, NumberType::kRounded, NumberType::kFp16}) {
     CheckGemmCase(32, 32, 32, type);
     CheckGemmCase(64, 96, 96, type);
     CheckGemmCase(96, 160, 64, type);  // only some of the columns
@@ -252,7 +255,7 @@ TEST(GemmFp16IsNoWorseThanBf16) {
 TEST(NumbersAreRoundedToNearestEven) {
   for (const Ops* ops : TestedOps()) {
     const Context context(ops->name);
-    PackedMatrix ones(32, 32, ops->panel_width, true);
+    PackedMatrix ones(32, 32, ops->panel_width, ops->bf16_weights);
     for (int col = 0; col < 32; ++col) ones.Set(col, col, 1.0f);
     const float step = 0x1p-7f;  // of bfloat16 in [1, 2)
     std::vector<float> a(32), c(32);
@@ -262,7 +265,7 @@ TEST(NumbersAreRoundedToNearestEven) {
       if (i % 2 == 1) a[i] = -a[i];
     }
     std::vector<uint16_t> rounded(32);
-    const std::vector<std::byte> inputs = Prepared(*ops, a, NumberType::kBf16);
+    const std::vector<std::byte> inputs = Prepared(*ops, a, ops->bf16_weights);
     ops->gemm(ones.view(), 32, inputs.data(), 32, 1, c.data(), 32, false);
     ops->round(a.data(), 32, NumberType::kBf16, rounded.data());
     for (int i = 0; i < 32; ++i) {

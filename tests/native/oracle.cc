@@ -117,7 +117,17 @@ class Transformer {
 }  // namespace
 
 const char* NameOf(NumberType type) {
-  return type == NumberType::kFloat32 ? "fp32" : type == NumberType::kBf16 ? "bf16" : "fp16";
+  switch (type) {
+    case NumberType::kFloat32:
+      return "fp32";
+    case NumberType::kBf16:
+      return "bf16";
+    case NumberType::kRounded:
+      return "rounded";
+    case NumberType::kFp16:
+      return "fp16";
+  }
+  return "";
 }
 
 float RoundToBf16(float x) {
