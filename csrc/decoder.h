@@ -51,7 +51,7 @@ class Decoder {
     AlignedBuffer<float> hidden;    // (hidden_width)
     AlignedBuffer<float> scores;    // (kScoreRows, AttendArgs::scores_size)
     AlignedBuffer<uint32_t> fresh;  // (kMaxRows * longest path) AttendArgs::fresh
-    AlignedBuffer<float> inputs;    // (wider of these two) as Ops::gemm takes it, not float32
+    AlignedBuffer<float> inputs;    // (wider of these two) as Ops::gemm takes it, if rounded
     double gemm_seconds = 0.0;
     double attention_seconds = 0.0;
   };

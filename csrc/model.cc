@@ -175,14 +175,13 @@ int HeadLayout::Column(int head, int i) const {
 PackedMatrix::PackedMatrix(int k, int n, int panel_width, NumberType type)
     : k_(k), n_(n), panel_width_(panel_width), type_(type) {
   const size_t size = static_cast<size_t>(k) * n;
-  type == NumberType::kBf16 ? half_data_.ReserveZeroed(size) : float_data_.ReserveZeroed(size);
+  InFloats(type) ? float_data_.ReserveZeroed(size) : half_data_.ReserveZeroed(size);
   bias_.ReserveZeroed(n);
 }
 
 size_t PackedMatrix::Index(NumberType type, int i, int col) const {
   const size_t panel = col / panel_width_, column = col % panel_width_;
-  if (type == NumberType::kFloat32 || type == NumberType::kRounded)
-    return (panel * k_ + i) * panel_width_ + column;
+  if (InFloats(type)) return (panel * k_ + i) * panel_width_ + column;
   const size_t place =
       type == NumberType::kFp16 ? column / 2 + column % 2 * (panel_width_ / 2) : column;
   return ((panel * (k_ / 2) + i / 2) * panel_width_ + place) * 2 + i % 2;
@@ -191,17 +190,17 @@ size_t PackedMatrix::Index(NumberType type, int i, int col) const {
 void PackedMatrix::Set(int i, int col, float value) {
   assert(type_ != NumberType::kFp16);
   const size_t index = Index(type_, i, col);
-  if (type_ == NumberType::kBf16) {
-    half_data_[index] = ToBf16(value);
-  } else {
+  if (InFloats(type_)) {
     float_data_[index] = type_ == NumberType::kRounded ? FromBf16(ToBf16(value)) : value;
+  } else {
+    half_data_[index] = ToBf16(value);
   }
 }
 
 float PackedMatrix::At(int i, int col) const {
   assert(type_ != NumberType::kFp16);
   const size_t index = Index(type_, i, col);
-  return type_ == NumberType::kBf16 ? FromBf16(half_data_[index]) : float_data_[index];
+  return InFloats(type_) ? float_data_[index] : FromBf16(half_data_[index]);
 }
 
 double PackedMatrix::ColumnNorm(int col) const {

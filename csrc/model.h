@@ -86,14 +86,16 @@ class PackedMatrix {
   }
 
  private:
-  bool in_floats() const { return float_data_.size() > 0; }
+  static bool InFloats(NumberType type) {
+    return type == NumberType::kFloat32 || type == NumberType::kRounded;
+  }
   // Where element (i, col) is among numbers of that type.
   size_t Index(NumberType type, int i, int col) const;
   // Of all types but kFp16.
   float At(int i, int col) const;
   double ColumnNorm(int col) const;
   const void* Data(size_t offset) const {
-    if (in_floats()) return float_data_.data() + offset;
+    if (InFloats(type_)) return float_data_.data() + offset;
     return half_data_.data() + offset;
   }
 

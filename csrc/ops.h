@@ -18,7 +18,8 @@ inline constexpr int kPad = 32;
 inline constexpr int kHeadPad = 16;
 // Numbers of each head that a vector of a bundle holds, see HeadLayout.
 inline constexpr int kBundleNumbers = 4;
-// Widest heads of a bundle, padded: queries of two rows, and sums of their values, fit registers.
+// Widest heads of a bundle, padded: queries of two rows, and sums of their values, fit 32
+// registers.
 inline constexpr int kMaxBundled = 32;
 // Rows whose attention scores are held at once; even, as rows go in pairs.
 inline constexpr int kScoreRows = 8;
@@ -31,7 +32,7 @@ constexpr int RoundUp(int n, int multiple) { return (n + multiple - 1) / multipl
 enum class NumberType {
   kFloat32,
   kBf16,     // sums are float32
-  kRounded,  // weights alone: kBf16, but all numbers lie in memory as float32
+  kRounded,  // kBf16's numbers as float32 in memory; weights and their inputs, never keys
   // Weights that are bfloat16, as float16, which is exact from 2^-17 on. Sums of kFp16Sum products
   // are float16, sums of these are float32.
   kFp16,
@@ -175,8 +176,8 @@ struct Ops {
   int bundle_heads;  // that `attend` takes at once, if a model's heads suit it
   // What bfloat16's weights are to `gemm`: kBf16, or kRounded where each would have to be widened.
   NumberType bf16_weights;
-  // Whether kFp16 is faster than that: of weights in `gemm`, of keys in `round` and, in bundles,
-  // `attend`.
+  // Whether kFp16 is faster: of weights in `gemm`, which are kRounded first; of keys in `round`
+  // and, in bundles, `attend`.
   bool fp16_weights;
   bool fp16_keys;
   // c (rows, num_cols) = a (rows, k) w + bias, or += with `add`; num_cols counts whole panels. a is

@@ -238,7 +238,7 @@ inline Vec ExpScores(float* scores, int len, Prefetcher<kVecs, Key>& prefetcher)
 // goes to chain j % kChains. A row's order of additions is the same alone and beside another one,
 // so that plans do not depend on how rows are shared out.
 constexpr int kValues = 4;                 // a step
-constexpr int kMostSums = kRegisters / 4;  // of one of two rows
+constexpr int kMostSums = kRegisters / 4;  // that registers hold, of each of two rows
 template <int kParts>
 inline constexpr int kChainsOf = kParts > kMostSums             ? 1
                                  : kMostSums / kParts > kValues ? kValues
@@ -307,42 +307,42 @@ template <int kHeads, int kVecs, typename Key, typename Prefetch>
 inline void AddSharedValues(const float* weights, size_t stride, const Key* values,
                             const uint32_t* path, int end, Chains<kVecs, Key>* out,
                             Prefetch& prefetcher) {
-  if constexpr (kPartsOf<kVecs, Key> > kMostSums) {  // more than registers hold: half after half
+  if constexpr (kPartsOf<kVecs, Key> > kMostSums) {  // half after half
     constexpr int kHalf = kVecs / 2;
     UNROLL for (int begin = 0; begin < kVecs; begin += kHalf) {
-      Chains<kHalf, Key> halves[2];
-      AddSharedValues<kHeads, kHalf>(weights, stride, values + begin * kWidth, path, end, halves,
+      Chains<kHalf, Key> both[2];  // of the two rows
+      AddSharedValues<kHeads, kHalf>(weights, stride, values + begin * kWidth, path, end, both,
                                      prefetcher);
-      static_assert(halves[0].kChains == 1);
+      static_assert(both[0].kChains == 1);
       UNROLL for (int v = 0; v < kHalf; ++v) {
-        out[0].sums[0][begin + v] = halves[0].sums[0][v];
-        out[1].sums[0][begin + v] = halves[1].sums[0][v];
+        out[0].sums[0][begin + v] = both[0].sums[0][v];
+        out[1].sums[0][begin + v] = both[1].sums[0][v];
       }
     }
-    return;
-  }
-  Chains<kVecs, Key> a, b;
-  Clear(a);
-  Clear(b);
-  for (int j = 0; j < end; j += kValues) {
-    prefetcher.Ask(kValues);
-    UNROLL for (int i = 0; i < kValues; ++i) {
-      const int c = i % a.kChains;
-      const float* both = weights + j * kHeads;
-      const auto w0 = ArithmeticOf<Key>::AsPart(SpreadWeight<kHeads>(both, i));
-      const auto w1 = ArithmeticOf<Key>::AsPart(SpreadWeight<kHeads>(both + stride, i));
-      const Key* value = values + path[j + i];
-      UNROLL for (int v = 0; v < a.kParts; ++v) {
-        const PartOf<Key> x = LoadPart<kVecs>(value, v);
-        a.sums[c][v] = Fma(w0, x, a.sums[c][v]);
-        b.sums[c][v] = Fma(w1, x, b.sums[c][v]);
+  } else {
+    Chains<kVecs, Key> a, b;
+    Clear(a);
+    Clear(b);
+    for (int j = 0; j < end; j += kValues) {
+      prefetcher.Ask(kValues);
+      UNROLL for (int i = 0; i < kValues; ++i) {
+        const int c = i % a.kChains;
+        const float* pair = weights + j * kHeads;
+        const auto w0 = ArithmeticOf<Key>::AsPart(SpreadWeight<kHeads>(pair, i));
+        const auto w1 = ArithmeticOf<Key>::AsPart(SpreadWeight<kHeads>(pair + stride, i));
+        const Key* value = values + path[j + i];
+        UNROLL for (int v = 0; v < a.kParts; ++v) {
+          const PartOf<Key> x = LoadPart<kVecs>(value, v);
+          a.sums[c][v] = Fma(w0, x, a.sums[c][v]);
+          b.sums[c][v] = Fma(w1, x, b.sums[c][v]);
+        }
       }
+      Settle(a, j + kValues);
+      Settle(b, j + kValues);
     }
-    Settle(a, j + kValues);
-    Settle(b, j + kValues);
+    out[0] = a;
+    out[1] = b;
   }
-  out[0] = a;
-  out[1] = b;
 }
 
 // One bundle of rows [r, r + num_rows), at most kScoreRows: each step for all of them before the

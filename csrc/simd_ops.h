@@ -199,7 +199,7 @@ void LayerNormAs(const float* x, int rows, const float* gamma, const float* beta
   }
 }
 
-// The functions of a table that make inputs. OfHalves: for weights of 16 bits, if there are any.
+// The functions of a table that make inputs. OfHalves: for weights of 16 bits, unused without any.
 template <typename OfHalves>
 struct InputsOf {
   // f(out as Inputs, Inputs())
@@ -257,14 +257,14 @@ inline void StoreSum(Vec sum, float* out, bool add) {
   (add ? sum + Vec::Load(out) : sum).Store(out);
 }
 
-// Rows of the left factor, kPointerRows of them to a pointer.
+// Rows of the left factor, kPointerRows of them to a pointer: all of them, in most tables.
 template <int kRows, typename Number>
 class TileRows {
  public:
   TileRows(const Number* a, size_t lda) : lda_(lda) {
     UNROLL for (int i = 0; i < kPointers; ++i) {
       starts_[i] = a + i * kPointerRows * lda;
-      asm("" : "+r"(starts_[i]));  // unrelated to each other, for all that it knows
+      asm("" : "+r"(starts_[i]));  // or the compiler makes it from the first one, every time
     }
   }
   const Number* operator[](int r) const {
@@ -278,7 +278,7 @@ class TileRows {
   size_t lda_;
 };
 
-// The first or second column of a times that row of w.
+// Adds the first or second of two columns of `a` times that row of `w`.
 template <int kOdd, int kRows>
 inline void AddProducts(const TileRows<kRows, float>& a, const float* w,
                         Vec (&sums)[kRows][kTileVecs]) {
@@ -290,7 +290,7 @@ inline void AddProducts(const TileRows<kRows, float>& a, const float* w,
   }
 }
 
-// Two columns of a and rows of w.
+// Adds the next two columns of `a` times two rows of `w`.
 template <int kRows>
 inline void AddPair(const TileRows<kRows, float>& a, const float* w,
                     Vec (&sums)[kRows][kTileVecs]) {
@@ -380,6 +380,7 @@ double PeakLoop(int64_t iterations, bool) {
   return static_cast<double>(iterations) * kTileRows * kTileVecs * kWidth * 2;
 }
 
+// `gemm` takes float32, bf16_weights, and what OfHalves makes inputs for.
 template <typename OfHalves = RoundedFloats>
 constexpr Ops MakeOps(NumberType bf16_weights = NumberType::kRounded,
                       decltype(Ops::gemm) gemm = Gemm,

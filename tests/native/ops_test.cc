@@ -42,6 +42,11 @@ std::vector<NumberType> InputTypes(const Ops& ops) {
   return types;
 }
 
+bool Multiplies(const Ops& ops, NumberType type) {
+  const std::vector<NumberType> types = InputTypes(ops);
+  return std::find(types.begin(), types.end(), type) != types.end();
+}
+
 // ---- matrix product ----
 
 // c = a w + bias of up to kMaxRows rows.
@@ -146,8 +151,7 @@ void CheckGemm(const Ops& ops, const GemmCase& test, const PackedMatrix& packed,
 void CheckGemmCase(int k, int n, int num_cols, NumberType type) {
   const GemmCase test(k, n, num_cols, type);
   for (const Ops* ops : TestedOps()) {
-    const std::vector<NumberType> types = InputTypes(*ops);
-    if (std::find(types.begin(), types.end(), type) == types.end()) continue;
+    if (!Multiplies(*ops, type)) continue;
     const PackedMatrix packed = test.Pack(*ops);
     for (bool add : {false, true}) {
       for (int rows = 1; rows <= 13; ++rows) CheckGemm(*ops, test, packed, rows, add);
@@ -210,8 +214,9 @@ void CheckSoftmax(const Ops& ops, int n, double spread, bool in_place, double sh
   const std::vector<float>& probs = in_place ? x : out;
   const double max = *std::max_element(logits.begin(), logits.end());
   for (int i = 0; i < n; ++i) {
-    // a rounding of the difference, 4 of its exponential, those of the sum, a division
-    const double relative = kRounding * (2.0 * (max - logits[i]) + n + 8);
+    // the difference to the largest and 4 of the exponential, in the numerator and, averaged, in
+    // the sum: a mean difference is at most log n, as an entropy is; n - 1 additions, a division
+    const double relative = kRounding * (max - logits[i] + std::log(n) + n + 8);
     CHECK_LE(std::abs(probs[i] - want[i]), want[i] * relative + kTiny);
   }
   CheckPadding(probs, n);
