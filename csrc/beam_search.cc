@@ -1,6 +1,7 @@
 #include "beam_search.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -16,6 +17,14 @@ namespace {
 constexpr double kWaveBytes = 128e6;
 // A pass may take somewhat longer than the last ones did.
 constexpr double kDeadlineMargin = 1.25;
+
+// A branch has rows for so many tiles of products: fewer would read the weights too often, and more
+// have keys and values that do not stay near.
+constexpr int kBranchTiles = 4;
+// Larger models' weights do not stay near themselves: they are read by all threads at once.
+constexpr size_t kMostBranchWeights = size_t{8} << 20;
+// Fewer rows are not worth a thread of their own.
+constexpr int kMinBranchRows = 6;
 
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
@@ -92,53 +101,126 @@ void BeamSearch::RunWave(Wave& wave) {
   tree_.Tile(settings.beam_width);
   for (int step = 0; step < settings.horizon; ++step) {
     if (wave.request.interrupt) wave.request.interrupt();
-    tree_.Tile(settings.n_expand);
-    for (Beam& beam : wave.beams) {
-      for (auto* rows : {&beam.past_rewards, &beam.past_values}) {
-        TileRows(*rows, settings.n_expand);
-      }
-      TileRows(beam.returns, settings.n_expand);
-    }
     if (!RunStep(wave, step)) return;  // what the last step left is the result
   }
 }
 
-// False if the deadline does not allow it; the step has then left no trace in the results.
+// From one selection to the next. False if the deadline does not allow it; the step has then left
+// no trace in the results.
 bool BeamSearch::RunStep(Wave& wave, int step) {
-  const PlanSettings& settings = wave.settings;
   const Shape& shape = model_->shape;
-  if (!SampleTokens(wave, step, shape.action_dim, settings.action, false)) return false;
-  if (!SampleTokens(wave, step, 2, settings.reward, true)) return false;
+  const int observation = step > 0 ? shape.observation_dim : 0;  // the first one is given
+  const Segment segment{.step = step,
+                        .action = observation,
+                        .end = observation + shape.action_dim + 2,
+                        .first_draw = wave.token};
+  if (!SampleSegment(wave, segment)) return false;
+  if (wave.request.trace) TraceTokens(wave, segment);
   if (wave.request.value_function && !CallValueFunction(wave, step)) return false;
   Select(wave, step);
-  if (step + 1 == settings.horizon) return true;
-  return SampleTokens(wave, step + 1, shape.observation_dim, settings.observation, false);
+  return true;
 }
 
-// Appends `count` sampled tokens to every row; the logits of the last one are not computed yet.
-bool BeamSearch::SampleTokens(Wave& wave, int step, int count, const Truncation& truncation,
-                              bool estimate) {
-  for (int i = 0; i < count; ++i) {
-    const auto begin = Clock::now();
-    int nodes = 0;  // of the pass
-    if (!fresh_) {
-      if (wave.deadline && !FitsDeadline(wave, step)) return false;
-      const double most = NodesAhead(wave);
-      nodes = Forward(tree_.num_rows());
-      if (most > tree_.total_rows()) unshared_ = nodes / most;
-    }
-    DrawTokens(wave, truncation,
-               !estimate ? Estimate::kNone
-               : i == 0  ? Estimate::kReward
-                         : Estimate::kValue);
-    tree_.Append(drawn_.data());
-    fresh_ = false;
-    ++wave.token;
-    if (nodes == 0) continue;
-    const double seconds = std::chrono::duration<double>(Clock::now() - begin).count();
-    const double weight = seconds_per_node_ > 0.0 ? 0.1 : 1.0;
-    seconds_per_node_ += weight * (seconds / nodes - seconds_per_node_);
+// ---- segments ----
+
+// Appends a segment's tokens to every row; the logits of the last one are not computed.
+bool BeamSearch::SampleSegment(Wave& wave, const Segment& segment) {
+  PrepareBeams(wave);
+  for (int i = 0; i < segment.end; ++i) {
+    if (i == segment.action) tree_.Tile(wave.settings.n_expand);
+    if (i > 0 && Split(wave, segment, i)) return SampleBranches(wave, segment, i);
+    if (!SampleToken(wave, segment, i)) return false;
   }
+  return true;
+}
+
+// By all threads, of all rows.
+bool BeamSearch::SampleToken(Wave& wave, const Segment& segment, int i) {
+  const auto begin = Clock::now();
+  int nodes = 0;  // of the pass
+  if (!fresh_) {
+    if (wave.deadline && !FitsDeadline(wave, segment, i)) return false;
+    const double most = NodesAhead(wave);
+    nodes = Forward(tree_.num_rows());
+    if (most > tree_.total_rows()) unshared_ = nodes / most;
+  }
+  DrawTokens(wave, segment, i);
+  tree_.Append(drawn_.data(), wave.settings.num_rows());
+  fresh_ = false;
+  ++wave.token;
+  if (nodes > 0) LearnSpeed(begin, nodes);
+  return true;
+}
+
+void BeamSearch::LearnSpeed(Clock::time_point begin, double nodes) {
+  const double seconds = std::chrono::duration<double>(Clock::now() - begin).count();
+  const double weight = seconds_per_node_ > 0.0 ? 0.1 : 1.0;
+  seconds_per_node_ += weight * (seconds / nodes - seconds_per_node_);
+}
+
+// For all the rows that there will be at the segment's end.
+void BeamSearch::PrepareBeams(Wave& wave) {
+  const int times = wave.settings.n_expand;
+  for (Beam& beam : wave.beams) {
+    for (auto* rows : {&beam.past_rewards, &beam.past_values}) TileRows(*rows, times);
+    TileRows(beam.returns, times);
+    beam.rewards.resize(times * tree_.num_rows());
+    beam.values.resize(times * tree_.num_rows());
+  }
+  drawn_.resize(size_t(wave.count) * wave.settings.num_rows());
+  if (wave.request.value_function) probs_.resize(ProbsOf(wave, wave.count, 0, 0));
+}
+
+// Whether rows part from here on.
+bool BeamSearch::Split(const Wave& wave, const Segment& segment, int i) {
+  if (model_->LayerBytes() > kMostBranchWeights) return false;
+  // rows may yet be dropped
+  if (fresh_ || (wave.deadline && segment.step == 0)) return false;
+  const int times = i < segment.action ? wave.settings.n_expand : 1;
+  const int rows = times * tree_.total_rows(), threads = pool_.num_threads();
+  const int tile = model_->bf16 ? model_->ops.bf16_tile_rows : model_->ops.tile_rows;
+  const int wanted = (rows + kBranchTiles * tile - 1) / (kBranchTiles * tile);
+  const int rounds = (wanted + threads - 1) / threads;
+  const int num_branches = std::min(rounds * threads, rows / kMinBranchRows);
+  const int left = segment.end - i, with_actions = std::min(left, segment.end - segment.action);
+  return num_branches > 1 &&
+         tree_.Split(num_branches, left, left - with_actions + times * with_actions);
+}
+
+// Tokens from `first` on: a thread takes a branch through all of them, so that its keys and values
+// stay near, and waits for nobody.
+bool BeamSearch::SampleBranches(Wave& wave, const Segment& segment, int first) {
+  const auto begin = Clock::now();
+  const int times = first < segment.action ? wave.settings.n_expand : 1;
+  int most = 0;
+  for (int b = 0; b < tree_.num_branches(); ++b) {
+    most = std::max(most, times * tree_.branch(b).num_rows());
+  }
+  decoder_.ReserveBranches(most);
+  std::atomic<bool> late = false;
+  std::atomic<int64_t> nodes = 0;
+  pool_.Run(tree_.num_branches(), [&](int b, int thread) {
+    Branch& branch = tree_.branch(b);
+    for (int i = first; i < segment.end; ++i) {
+      if (i == segment.action && times > 1) tree_.Tile(branch, times);
+      if (wave.deadline && !BranchFitsDeadline(wave, branch)) late = true;
+      if (late) return;
+      const Pass& pass = tree_.MakePass(branch);
+      decoder_.ForwardBranch(pass, thread);
+      nodes += pass.count;
+      DrawTokens(wave, segment, i, branch, thread);
+      tree_.Append(branch, drawn_.data(), wave.settings.num_rows());
+    }
+  });
+  if (late) return false;
+  CheckLogits();
+  for (int i = first; i < segment.end; ++i) {
+    stats_.rows_asked += int64_t{tree_.total_rows()} * (i < segment.action ? 1 : times);
+  }
+  stats_.branches += tree_.num_branches();
+  tree_.Join(times);
+  wave.token += segment.end - first;
+  LearnSpeed(begin, double(nodes));
   return true;
 }
 
@@ -156,23 +238,34 @@ double BeamSearch::NodesAhead(const Wave& wave) const {
 
 // Whether the next pass ends in time. The first step is made in any case, with fewer candidates if
 // need be.
-bool BeamSearch::FitsDeadline(Wave& wave, int step) {
+bool BeamSearch::FitsDeadline(Wave& wave, const Segment& segment, int i) {
   const double left = std::chrono::duration<double>(*wave.deadline - Clock::now()).count();
   const double per_node = kDeadlineMargin * seconds_per_node_;
-  if (step > 0) {
+  if (segment.step > 0) {
     const double most = NodesAhead(wave);
     return per_node * most * (most > tree_.total_rows() ? unshared_ : 1.0) <= left;
   }
   const double cost = per_node * wave.count;  // of a row of each context
-  const int tokens_left = model_->shape.action_dim + 2 - wave.token;
+  const int tokens_left = segment.end - i;
   const int affordable = cost > 0.0
                              ? static_cast<int>(std::clamp(left / (cost * tokens_left), 1.0, 1e9))
                              : tree_.num_rows();
   if (affordable < tree_.num_rows()) {
     tree_.Narrow(affordable);
-    for (Beam& beam : wave.beams) beam.returns.resize(affordable);
+    for (Beam& beam : wave.beams) {
+      beam.returns.resize(affordable);
+      beam.rewards.resize(affordable);
+      beam.values.resize(affordable);
+    }
   }
   return true;
+}
+
+// The same of a branch, which has one thread.
+bool BeamSearch::BranchFitsDeadline(const Wave& wave, const Branch& branch) const {
+  const double left = std::chrono::duration<double>(*wave.deadline - Clock::now()).count();
+  const double per_node = kDeadlineMargin * seconds_per_node_ * pool_.num_threads();
+  return per_node * branch.num_rows() <= left;
 }
 
 // The number of nodes that were computed.
@@ -186,49 +279,50 @@ int BeamSearch::Forward(int rows_asked) {
   return pass.count;
 }
 
-// Rows of each slot side by side, a counting sort.
-void BeamSearch::GroupRows() {
-  const int num_rows = tree_.num_rows();
-  slot_begin_.assign(tree_.num_slots() + 1, 0);
-  slot_rows_.resize(tree_.total_rows());
-  const auto each = [&](auto&& f) {
-    for (int c = 0; c < tree_.num_contexts(); ++c) {
-      for (int row = 0; row < num_rows; ++row) f(tree_.slot(c, row), c * num_rows + row);
-    }
-  };
-  each([&](int slot, int) { ++slot_begin_[slot + 1]; });
-  std::partial_sum(slot_begin_.begin(), slot_begin_.end(), slot_begin_.begin());
-  each([&](int slot, int row) { slot_rows_[slot_begin_[slot]++] = row; });
-  std::rotate(slot_begin_.begin(), slot_begin_.end() - 1, slot_begin_.end());
-  slot_begin_[0] = 0;
-}
-
-// A token for every row; equal prefixes share a distribution, and each row draws for itself.
-void BeamSearch::DrawTokens(Wave& wave, const Truncation& truncation, Estimate estimate) {
-  GroupRows();
-  drawn_.resize(tree_.total_rows());
-  if (estimate == Estimate::kReward) {
-    for (Beam& beam : wave.beams) {
-      beam.rewards.resize(tree_.num_rows());
-      beam.values.resize(tree_.num_rows());
-    }
-    if (wave.request.value_function) {
-      probs_.resize(ProbsOf(wave, wave.count, 0, 0));
-    }
-  }
-  const int num_slots = tree_.num_slots();
-  const int num_tasks = std::min(num_slots, 4 * pool_.num_threads());
+// A token for every row, all threads at it.
+void BeamSearch::DrawTokens(Wave& wave, const Segment& segment, int i) {
+  const Draw draw = DrawOf(wave, segment, i);
+  leaves_.clear();
+  ForLeaves(tree_.all(), [this](const Leaf& leaf) { leaves_.push_back(leaf); });
+  const int num_leaves = static_cast<int>(leaves_.size());
+  const int num_tasks = std::min(num_leaves, 4 * pool_.num_threads());
   pool_.Run(num_tasks, [&](int task, int thread) {
-    const int end = BeginOfPart(num_slots, task + 1, num_tasks);
-    for (int slot = BeginOfPart(num_slots, task, num_tasks); slot < end; ++slot) {
-      DrawSlot(wave, slot, truncation, estimate, samplers_[thread]);
+    const int end = BeginOfPart(num_leaves, task + 1, num_tasks);
+    for (int l = BeginOfPart(num_leaves, task, num_tasks); l < end; ++l) {
+      DrawLeaf(wave, draw, leaves_[l], decoder_.logits(leaves_[l].slot), samplers_[thread]);
     }
   });
   CheckLogits();
-  if (!wave.request.trace) return;
-  for (int c = 0; c < wave.count; ++c) {
-    const auto begin = drawn_.begin() + c * tree_.num_rows();
-    wave.results[c].drawn.emplace_back(begin, begin + tree_.num_rows());
+}
+
+// The same of a branch, by one thread.
+void BeamSearch::DrawTokens(Wave& wave, const Segment& segment, int i, const Branch& branch,
+                            int thread) {
+  const Draw draw = DrawOf(wave, segment, i);
+  ForLeaves(branch, [&](const Leaf& leaf) {
+    DrawLeaf(wave, draw, leaf, decoder_.branch_logits(thread, leaf.slot), samplers_[thread]);
+  });
+}
+
+BeamSearch::Draw BeamSearch::DrawOf(const Wave& wave, const Segment& segment, int i) const {
+  const PlanSettings& settings = wave.settings;
+  const int token = segment.first_draw + i;
+  if (i < segment.action) return {settings.observation, Estimate::kNone, token};
+  if (i < segment.end - 2) return {settings.action, Estimate::kNone, token};
+  return {settings.reward, i < segment.end - 1 ? Estimate::kReward : Estimate::kValue, token};
+}
+
+template <typename F>
+void BeamSearch::ForLeaves(const Branch& branch, F&& f) const {
+  for (const Strand& strand : branch.strands) {
+    const int32_t *row = strand.rows.data(), *end = row + strand.rows.size();
+    while (row != end) {
+      const int slot = tree_.slot(strand.context, *row);
+      const int32_t* next = std::find_if(
+          row, end, [&](int other) { return tree_.slot(strand.context, other) != slot; });
+      f(Leaf{strand.context, slot, row, next});
+      row = next;
+    }
   }
 }
 
@@ -241,42 +335,54 @@ void BeamSearch::CheckLogits() {
       "model: expected finite logits, after division by the temperature, got infinite ones or NaN");
 }
 
-void BeamSearch::DrawSlot(Wave& wave, int slot, const Truncation& truncation, Estimate estimate,
+// Equal prefixes share a distribution, and each row draws for itself.
+void BeamSearch::DrawLeaf(Wave& wave, const Draw& draw, const Leaf& leaf, const float* logits,
                           Sampler& sampler) {
-  const int num_rows = tree_.num_rows(), num_ids = model_->shape.num_ids();
-  const bool is_reward = estimate == Estimate::kReward;
-  const int32_t* begin = &slot_rows_[slot_begin_[slot]];
-  const int32_t* end = slot_rows_.data() + slot_begin_[slot + 1];
-  if (begin == end) return;  // nobody went on from it
-  sampler.Load(decoder_.logits(slot), wave.settings.temperature);
-  if (estimate != Estimate::kNone && wave.request.value_function) {
-    for (const int32_t* row = begin; row != end; ++row) {
-      const size_t first = ProbsOf(wave, *row / num_rows, *row % num_rows, !is_reward);
-      std::copy_n(sampler.RawProbs(), num_ids, &probs_[first]);
+  const bool is_reward = draw.estimate == Estimate::kReward;
+  Beam& beam = wave.beams[leaf.context];
+  sampler.Load(logits, wave.settings.temperature);
+  if (draw.estimate != Estimate::kNone && wave.request.value_function) {
+    for (const int32_t* row = leaf.begin; row != leaf.end; ++row) {
+      std::copy_n(sampler.RawProbs(), model_->shape.num_ids(),
+                  &probs_[ProbsOf(wave, leaf.context, *row, !is_reward)]);
     }
-  } else if (estimate != Estimate::kNone) {
+  } else if (draw.estimate != Estimate::kNone) {
     const Estimator& estimator =
         is_reward ? wave.settings.reward_estimator : wave.settings.value_estimator;
     const float number = estimator(sampler.RawProbs());
-    for (const int32_t* row = begin; row != end; ++row) {
-      Beam& beam = wave.beams[*row / num_rows];
-      (is_reward ? beam.rewards : beam.values)[*row % num_rows] = number;
+    for (const int32_t* row = leaf.begin; row != leaf.end; ++row) {
+      (is_reward ? beam.rewards : beam.values)[*row] = number;
     }
   }
-  sampler.Truncate(truncation);
-  for (const int32_t* row = begin; row != end; ++row) {
-    drawn_[*row] = sampler.Draw(Uniform(wave, *row / num_rows, *row % num_rows));
+  sampler.Truncate(draw.truncation);
+  for (const int32_t* row = leaf.begin; row != leaf.end; ++row) {
+    drawn_[size_t(leaf.context) * wave.settings.num_rows() + *row] =
+        sampler.Draw(Uniform(wave, leaf.context, *row, draw.token));
   }
 }
 
-double BeamSearch::Uniform(const Wave& wave, int context, int row) const {
+double BeamSearch::Uniform(const Wave& wave, int context, int row, int token) const {
   const PlanRequest& request = wave.request;
   const int i = wave.first + context;
   if (request.uniforms == nullptr) {
-    return PhiloxUniform(request.seeds[i], row, wave.token, request.plan_indices[i]);
+    return PhiloxUniform(request.seeds[i], row, token, request.plan_indices[i]);
   }
   const size_t num_draws = wave.settings.num_draws(model_->shape);
-  return request.uniforms[(i * num_draws + wave.token) * wave.settings.num_rows() + row];
+  return request.uniforms[(i * num_draws + token) * wave.settings.num_rows() + row];
+}
+
+// Tokens of the segment, of all rows that there were at the time.
+void BeamSearch::TraceTokens(Wave& wave, const Segment& segment) {
+  for (int c = 0; c < wave.count; ++c) {
+    for (int i = 0; i < segment.end; ++i) {
+      const int times = i < segment.action ? wave.settings.n_expand : 1;
+      std::vector<int32_t> drawn;
+      for (int row = 0; row < tree_.num_rows() / times; ++row) {
+        drawn.push_back(tree_.tokens(c, row)[tree_.num_tokens(c) - segment.end + i]);
+      }
+      wave.results[c].drawn.push_back(std::move(drawn));
+    }
+  }
 }
 
 // Index into probs_, which is (num_contexts, settings.num_rows, 2, num_ids) however many rows are
@@ -407,7 +513,7 @@ SearchResult BeamSearch::Search(const SearchRequest& request) {
       totals[j] = candidates[order[j]];
     }
     tree_.Keep(rows.data(), kept);
-    tree_.Append(tokens.data());
+    tree_.Append(tokens.data(), kept);
   }
   const int32_t* best = tree_.tokens(0, 0) + tree_.num_tokens(0) - request.num_tokens;
   return {{best, best + request.num_tokens}, totals};

@@ -85,6 +85,7 @@ struct SearchResult {
 struct PlanStats {
   DecoderStats decoder;
   int64_t rows_asked = 0;  // tokens forwarded with a cache a beam and nothing shared
+  int64_t branches = 0;    // that rows parted into
   double seconds = 0.0;
   size_t bytes = 0;  // buffers that were allocated, whether touched or not
 };
@@ -129,24 +130,51 @@ class BeamSearch {
     std::vector<Beam> beams = {};
     std::vector<PlanResult> results = {};
   };
+  // Tokens of every row from one selection to the next: of an observation, unless it is given, an
+  // action, reward and value.
+  struct Segment {
+    int step;
+    int action, end;  // where the action begins, and the tokens end
+    int first_draw;   // index of the first token's draw within the plan
+  };
   enum class Estimate { kNone, kReward, kValue };
+  struct Draw {
+    const Truncation& truncation;
+    Estimate estimate;
+    int token;  // index within the plan
+  };
+  // Rows [begin, end) that are at one leaf of a pass.
+  struct Leaf {
+    int context, slot;
+    const int32_t *begin, *end;
+  };
 
   void RunWave(Wave& wave);
   bool RunStep(Wave& wave, int step);
-  bool SampleTokens(Wave& wave, int step, int count, const Truncation& truncation, bool estimate);
-  void DrawTokens(Wave& wave, const Truncation& truncation, Estimate estimate);
-  void CheckLogits();
-  void DrawSlot(Wave& wave, int slot, const Truncation& truncation, Estimate estimate,
+  bool SampleSegment(Wave& wave, const Segment& segment);
+  bool SampleToken(Wave& wave, const Segment& segment, int i);
+  bool Split(const Wave& wave, const Segment& segment, int i);
+  bool SampleBranches(Wave& wave, const Segment& segment, int first);
+  void LearnSpeed(Clock::time_point begin, double nodes);
+  void PrepareBeams(Wave& wave);
+  void DrawTokens(Wave& wave, const Segment& segment, int i);
+  void DrawTokens(Wave& wave, const Segment& segment, int i, const Branch& branch, int thread);
+  Draw DrawOf(const Wave& wave, const Segment& segment, int i) const;
+  template <typename F>
+  void ForLeaves(const Branch& branch, F&& f) const;
+  void DrawLeaf(Wave& wave, const Draw& draw, const Leaf& leaf, const float* logits,
                 Sampler& sampler);
-  double Uniform(const Wave& wave, int context, int row) const;
+  void CheckLogits();
+  double Uniform(const Wave& wave, int context, int row, int token) const;
   size_t ProbsOf(const Wave& wave, int context, int row, int which) const;
+  void TraceTokens(Wave& wave, const Segment& segment);
   bool CallValueFunction(Wave& wave, int step);
   void Select(Wave& wave, int step);
   void KeepBest(Wave& wave, int context, int step, int kept);
   int Forward(int rows_asked);
-  void GroupRows();
   double NodesAhead(const Wave& wave) const;
-  bool FitsDeadline(Wave& wave, int step);
+  bool FitsDeadline(Wave& wave, const Segment& segment, int i);
+  bool BranchFitsDeadline(const Wave& wave, const Branch& branch) const;
   double NodeBytes() const;
   int WaveSize(const PlanSettings& settings) const;
   TreeLimits LimitsOf(const PlanSettings& settings, int num_contexts) const;
@@ -159,13 +187,12 @@ class BeamSearch {
   ThreadPool pool_;
   TokenTree tree_;
   Decoder decoder_;
-  std::vector<Sampler> samplers_;    // a thread
-  bool fresh_ = false;               // logits are those of the newest tokens
-  std::vector<int32_t> slot_begin_;  // (num_slots + 1) into slot_rows_
-  std::vector<int32_t> slot_rows_;   // (total_rows) context * num_rows + row, by slot
-  std::vector<int32_t> drawn_;       // (num_contexts, num_rows) newest tokens
-  std::vector<int32_t> parents_;     // (num_contexts, kept)
-  std::vector<float> probs_;         // (num_contexts, num_rows, 2, num_ids) for a value function
+  std::vector<Sampler> samplers_;  // a thread
+  bool fresh_ = false;             // logits are those of the newest tokens
+  std::vector<Leaf> leaves_;       // of all rows
+  std::vector<int32_t> drawn_;     // (num_contexts, settings.num_rows) newest tokens
+  std::vector<int32_t> parents_;   // (num_contexts, kept)
+  std::vector<float> probs_;       // (num_contexts, num_rows, 2, num_ids) for a value function
   PlanStats stats_;
   double seconds_per_node_ = 0.0;  // of recent passes, with what goes with them
   double unshared_ = 1.0;          // nodes of the last pass over cropped windows, of `NodesAhead`

@@ -22,9 +22,12 @@ struct DecoderStats {
   double attention_flops = 0.0;
   double gemm_seconds = 0.0;
   double attention_seconds = 0.0;
+
+  void operator+=(const DecoderStats& other);
 };
 
-// Keys and values of all nodes, and one forward pass at a time.
+// Keys and values of all nodes, and forward passes: one at a time by all threads, or by each thread
+// one of its own.
 class Decoder {
  public:
   // first_layer_bytes: see FirstLayer. Ant's model, of the official size, can use 57 MB.
@@ -34,8 +37,14 @@ class Decoder {
   void Reserve(int max_nodes, int max_path);
   // Keys and values of the new nodes are kept; logits of the leaves are (num_leaves, logits_width).
   void Forward(const Pass& pass);
-  const float* logits(int slot) const {
-    return logits_.data() + static_cast<size_t>(slot) * model_.shape.logits_width();
+  const float* logits(int slot) const { return all_.Logits(slot); }
+
+  // Before threads make passes of their own, of at most so many nodes.
+  void ReserveBranches(int max_nodes);
+  // By the calling thread alone, which is number `thread` of the pool; the pass is not chained.
+  void ForwardBranch(const Pass& pass, int thread);
+  const float* branch_logits(int thread, int slot) const {
+    return scratch_[thread].branch.Logits(slot);
   }
 
   DecoderStats stats() const;
@@ -43,68 +52,89 @@ class Decoder {
   size_t allocated_bytes() const;
 
  private:
-  // Activations of one thread's rows, (kMaxRows, ...).
+  // A pass, and what is computed of it.
+  struct Activations {
+    const Pass* pass = nullptr;
+    AlignedBuffer<float> h;       // (rows, width) residual stream
+    AlignedBuffer<float> q;       // (rows, attn_width) of a chained pass
+    AlignedBuffer<float> logits;  // (leaves, logits_width)
+    std::vector<int32_t> shared;  // (rows) AttendArgs::shared
+    int logits_width = 0;
+
+    void Reserve(const Shape& shape, int rows, int leaves, bool chained);
+    const float* Logits(int slot) const {
+      return logits.data() + static_cast<size_t>(slot) * logits_width;
+    }
+    size_t bytes() const { return (h.size() + q.size() + logits.size()) * sizeof(float); }
+  };
+  // Of one thread. Buffers are of one chunk of rows, (kMaxRows, ...).
   struct Scratch {
-    AlignedBuffer<float> normed;    // (width) as Ops::gemm takes it
-    AlignedBuffer<float> kvq;       // (3 attn_width)
-    AlignedBuffer<float> attended;  // (attn_width)
-    AlignedBuffer<float> hidden;    // (hidden_width)
-    AlignedBuffer<float> scores;    // (kScoreRows, AttendArgs::scores_size)
-    AlignedBuffer<uint32_t> fresh;  // (kMaxRows * longest path) AttendArgs::fresh
-    AlignedBuffer<float> inputs;    // (wider of these two) as Ops::gemm takes it, if rounded
-    double gemm_seconds = 0.0;
-    double attention_seconds = 0.0;
+    AlignedBuffer<float> normed;      // (width) as Ops::gemm takes it
+    AlignedBuffer<float> kvq;         // (3 attn_width)
+    AlignedBuffer<float> attended;    // (attn_width)
+    AlignedBuffer<float> hidden;      // (hidden_width, or 3 attn_width if that is more)
+    AlignedBuffer<float> scores;      // (kScoreRows, AttendArgs::scores_size)
+    AlignedBuffer<uint32_t> fresh;    // (kMaxRows * longest path) AttendArgs::fresh
+    AlignedBuffer<float> inputs;      // (wider of these two) as Ops::gemm takes it, if rounded
+    std::vector<const float*> first;  // (1) rows of FirstLayer
+    std::vector<int32_t> missing;     // rows that were not found there
+    Activations branch;
+    DecoderStats stats;
+  };
+  // Rows [begin, end) of a pass, at most kMaxRows.
+  struct Chunk {
+    Activations& of;
+    int begin, end;
+    Scratch& scratch;
+
+    const Pass& pass() const { return *of.pass; }
+    int count() const { return end - begin; }
+    Chunk Part(int first, int last) const { return {of, first, last, scratch}; }
   };
 
   template <typename F>
   void ForRows(int begin, int end, F&& f);
-  void Decode();
+  void Decode(const Chunk& chunk);
   void Prefill();
 
-  void ProjectFirst();
-  // Steps over rows [begin, end) of the pass.
-  void Embed(int begin, int end);
-  void EmbedRow(int row, float* out) const;
-  int SharedPath(int row) const;
-  void AttentionInput(int layer, int begin, int end, bool keys_only, Scratch& scratch);
-  bool IsOneBlock(int begin, int end) const;
-  void ProjectInPlace(int layer, int begin, int end, bool keys_only, Scratch& scratch);
-  void PrefetchKeys(int layer, int begin, int end);
-  void StoreKeys(int layer, int row, const float* kv);
-  void AttentionOutput(int layer, int begin, int end, Scratch& scratch);
-  void Mlp(int layer, int begin, int end, Scratch& scratch);
-  void Logits(int begin, int end, Scratch& scratch);
+  // Steps over the rows of a chunk.
+  void Embed(const Chunk& chunk);
+  void EmbedRow(const Pass& pass, int row, float* out) const;
+  void AttentionInput(const Chunk& chunk, int layer, bool keys_only);
+  void FirstInput(const Chunk& chunk);
+  void ProjectMissing(const Chunk& chunk);
+  bool IsOneBlock(const Chunk& chunk) const;
+  void ProjectInPlace(const Chunk& chunk, int layer, bool keys_only);
+  void PrefetchKeys(const Chunk& chunk, int layer);
+  void StoreKeys(const Chunk& chunk, int layer, int row, const float* kv);
+  void AttentionOutput(const Chunk& chunk, int layer);
+  void Mlp(const Chunk& chunk, int layer);
+  void Logits(const Chunk& chunk);
 
   void Gemm(const MatrixView& weights, int num_cols, const void* a, size_t lda, int rows, float* c,
             size_t ldc, bool add, Scratch& scratch);
-  void Normalise(const AlignedBuffer<float>& gamma, const AlignedBuffer<float>& beta, int begin,
-                 int end, const PackedMatrix& weights, Scratch& scratch);
-  float* RowOf(AlignedBuffer<float>& buffer, int row, int width) {
+  void Normalise(const AlignedBuffer<float>& gamma, const AlignedBuffer<float>& beta,
+                 const Chunk& chunk, const PackedMatrix& weights);
+  static float* RowOf(AlignedBuffer<float>& buffer, int row, int width) {
     return buffer.data() + static_cast<size_t>(row) * width;
   }
   // Of all nodes, keys or values of one bundle of heads.
   size_t bundle_size() const { return max_nodes_ * model_.head_layout.stride; }
-  // The key of a row's node; its value is bundle_size() numbers further.
-  std::byte* KeyOf(int layer, int bundle, int row) {
-    const size_t node = pass_->node[row];
+  // The key of a node; its value is bundle_size() numbers further.
+  std::byte* KeyOf(int layer, int bundle, size_t node) {
     const size_t number = 2 * bundle * bundle_size() + node * model_.head_layout.stride;
     return kv_[layer].data() + number * model_.key_bytes();
   }
-  void Count(const Pass& pass);
+  void Count(const Pass& pass, DecoderStats& stats) const;
 
   const Model& model_;
   ThreadPool& pool_;
-  const Pass* pass_ = nullptr;
   size_t max_nodes_ = 0;
   // a layer: (num_bundles, 2, max_nodes, stride) of HeadLayout, numbers of Layer::key_type
   std::vector<AlignedBuffer<std::byte>> kv_;
   FirstLayer first_;
-  AlignedBuffer<float> h_;        // (rows, width) residual stream
-  AlignedBuffer<float> q_;        // (rows, attn_width)
-  std::vector<int32_t> shared_;   // (rows) AttendArgs::shared
-  AlignedBuffer<float> logits_;   // (leaves, logits_width)
+  Activations all_;
   std::vector<Scratch> scratch_;  // a thread
-  DecoderStats stats_;
 };
 
 }  // namespace tt

@@ -5,9 +5,10 @@
 #ifndef TT_FIRST_LAYER_H_
 #define TT_FIRST_LAYER_H_
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
-#include <vector>
+#include <memory>
 
 #include "aligned_buffer.h"
 #include "model.h"
@@ -16,42 +17,40 @@ namespace tt {
 
 class FirstLayer {
  public:
-  // Room for rows of so many bytes in all; more if one pass has more placed tokens.
+  // Room for rows of so many bytes in all.
   FirstLayer(const Model& model, size_t max_bytes);
 
-  // Finds the rows of these placed tokens (see Shape); of those that are not known yet it has only
-  // the place. What was missing before has been computed since.
-  void Find(const std::vector<int64_t>& placed);
-  // Indices of `placed` whose rows are to be computed, and the first one's row; others follow it.
-  const std::vector<int32_t>& missing() const { return missing_; }
-  float* missing_rows() { return rows_.data() + num_known_ * width_; }
-  // Of index i of `placed`: keys, values, queries (3 attn_width), as the projection has them.
-  const float* operator[](size_t i) const { return rows_.data() + found_[i] * width_; }
+  // Of a placed token (see Shape): keys, values, queries (3 attn_width), as the projection has
+  // them; nullptr if they are not known.
+  const float* Find(int64_t placed) const;
+  // Keeps a copy, unless it is known by now or there is no room. Other threads may look and add at
+  // the same time; a row that is found stays as it is until all are forgotten.
+  void Add(int64_t placed, const float* row);
+  // If there was no room lately: forgets all rows. Nobody else may be at it.
+  void MakeRoom();
 
   size_t allocated_bytes() const {
-    return rows_.size() * sizeof(float) + table_.size() * sizeof(Entry);
+    return rows_.size() * sizeof(float) + (mask_ + 1) * sizeof(Entry);
   }
 
  private:
+  static constexpr int64_t kEmpty = -1;
+
   struct Entry {
-    int64_t placed;  // -1: empty
-    uint32_t row;
+    std::atomic<int64_t> placed{kEmpty};
+    std::atomic<const float*> row{nullptr};  // once it is copied
   };
 
-  // False if there are more missing rows than room.
-  bool TryFind(const std::vector<int64_t>& placed);
-  Entry& Lookup(int64_t placed);
-  void Forget();
-  void Reserve(size_t num_rows);
+  Entry& First(int64_t placed) const;
+  Entry& Next(const Entry& entry) const;
 
   const size_t width_;
-  const size_t usual_rows_;
-  size_t num_known_ = 0;  // of the rows, before the missing ones
-  size_t capacity_ = 0;
+  const size_t capacity_;
+  const size_t mask_;
   AlignedBuffer<float> rows_;  // (capacity, width)
-  std::vector<Entry> table_;   // at least twice as many, a power of two; neighbours if taken
-  std::vector<uint32_t> found_;
-  std::vector<int32_t> missing_;
+  std::unique_ptr<Entry[]>
+      entries_;  // more than twice as many, a power of two; neighbours if taken
+  std::atomic<size_t> num_taken_{0};  // of the rows; past the capacity: there was no room
 };
 
 }  // namespace tt

@@ -312,6 +312,14 @@ void Model::UseFp16() {
   for (PackedMatrix& head : heads) head.TryFp16(last);
 }
 
+size_t Model::LayerBytes() const {
+  size_t bytes = 0;
+  for (const Layer& layer : layers) {
+    bytes += layer.kvq.bytes() + layer.proj.bytes() + layer.up.bytes() + layer.down.bytes();
+  }
+  return bytes;
+}
+
 int Model::EmbeddingRow(int token, int dim) const {
   if (token == shape.vocab_size) return shape.vocab_size * shape.transition_dim();
   return token + dim * shape.vocab_size;

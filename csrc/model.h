@@ -79,6 +79,7 @@ class PackedMatrix {
   // lose less than they may have lost to bfloat16. If so, nothing else but views comes after it.
   bool TryFp16(double input_bound);
 
+  size_t bytes() const { return size_t(k_) * n_ * (InFloats(type_) ? 4 : 2); }
   // Columns from this one on, the first of a panel.
   MatrixView view(int first_col = 0) const {
     return {Data(static_cast<size_t>(first_col) * k_), bias_.data() + first_col, k_, n_ - first_col,
@@ -138,6 +139,8 @@ struct Model {
 
   // Bytes of a number that is kept of a node, see Layer::key_type.
   size_t key_bytes() const { return bf16 ? sizeof(uint16_t) : sizeof(float); }
+  // Of all layers' weights, which every pass reads.
+  size_t LayerBytes() const;
   // Row of `embedding` of a token, or of a goal's token.
   int EmbeddingRow(int token, int dim) const;
   int GoalRow(int token, int goal_idx) const;

@@ -173,7 +173,8 @@ struct KeepArgs {
 struct Ops {
   const char* name;
   int panel_width;
-  int bundle_heads;  // that `attend` takes at once, if a model's heads suit it
+  int tile_rows, bf16_tile_rows;  // of `a` that gemm takes at once, by the model's type
+  int bundle_heads;               // that `attend` takes at once, if a model's heads suit it
   // What bfloat16's weights are to `gemm`: kBf16, or kRounded where each would have to be widened.
   NumberType bf16_weights;
   // Whether kFp16 is faster: of weights in `gemm`, which are kRounded first; of keys in `round`

@@ -135,6 +135,7 @@ double PeakLoop(int64_t iterations, bool bf16) {
 Ops MakeOps(bool fp16) {
   Ops ops = Base();
   ops.name = "amx_bf16";
+  ops.bf16_tile_rows = kPad;
   ops.gemm = Gemm;
   ops.peak_loop = PeakLoop;
   if (const Ops* half = tt::Avx512Fp16Ops(); fp16 && half != nullptr) {

@@ -117,6 +117,8 @@ double PeakLoop(int64_t iterations, bool) {
 constexpr Ops kOps = {"scalar",
                       kPanel,
                       1,
+                      1,
+                      1,
                       NumberType::kRounded,
                       false,
                       false,

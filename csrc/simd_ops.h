@@ -386,10 +386,10 @@ constexpr Ops MakeOps(NumberType bf16_weights = NumberType::kRounded,
                       decltype(Ops::gemm) gemm = Gemm,
                       decltype(Ops::peak_loop) peak_loop = PeakLoop) {
   using Inputs = InputsOf<OfHalves>;
-  return {kName,        kPanel,        kBundleHeads,    bf16_weights,      false,
-          false,        gemm,          Inputs::Prepare, Inputs::LayerNorm, Inputs::Gelu,
-          RoundNumbers, Attend,        TrainForward,    TrainBackward,     TrainGelu,
-          TrainNorm,    TrainNormGrad, DrawKeep,        Softmax,           peak_loop};
+  return {kName,         kPanel,   kTileRows,    kTileRows,       kBundleHeads,      bf16_weights,
+          false,         false,    gemm,         Inputs::Prepare, Inputs::LayerNorm, Inputs::Gelu,
+          RoundNumbers,  Attend,   TrainForward, TrainBackward,   TrainGelu,         TrainNorm,
+          TrainNormGrad, DrawKeep, Softmax,      peak_loop};
 }
 
 }  // namespace

@@ -7,6 +7,12 @@
 
 namespace tt {
 
+int Branch::num_rows() const {
+  size_t num_rows = 0;
+  for (const Strand& strand : strands) num_rows += strand.rows.size();
+  return static_cast<int>(num_rows);
+}
+
 TokenTree::TokenTree(const Model& model, const std::vector<uint8_t>& hidden)
     : model_(model), hidden_(hidden) {}
 
@@ -15,15 +21,20 @@ void TokenTree::Reserve(const TreeLimits& limits) {
   max_path_ = model_.shape.goal_len + limits.max_len;
   const size_t rows = static_cast<size_t>(limits.num_contexts) * limits.max_rows;
   contexts_.resize(limits.num_contexts);
-  for (Context& context : contexts_) context.free_nodes.reserve(limits.max_nodes);
+  all_.strands.resize(limits.num_contexts);
+  for (int c = 0; c < limits.num_contexts; ++c) {
+    all_.strands[c].context = c;
+    all_.strands[c].rows.reserve(limits.max_rows);
+    all_.strands[c].nodes.reserve(limits.max_nodes);
+  }
+  all_.newest.reserve(limits.max_rows);
   alive_.resize(limits.max_nodes);
   for (auto* tokens : {&tokens_, &other_tokens_}) tokens->resize(rows * limits.max_tokens);
   for (auto* paths : {&paths_, &other_paths_}) paths->resize(rows * max_path_);
-  for (auto* slots : {&slots_, &other_slots_}) slots->resize(rows);
+  slots_.resize(rows);
+  same_.resize(rows);
   visible_.reserve(max_path_);
   keys_.resize(static_cast<size_t>(limits.max_rows) * max_path_);
-  order_.resize(rows);
-  newest_.resize(limits.max_rows);
 }
 
 void TokenTree::Begin(const std::vector<std::vector<int32_t>>& contexts,
@@ -32,84 +43,121 @@ void TokenTree::Begin(const std::vector<std::vector<int32_t>>& contexts,
   num_rows_ = 1;
   for (int c = 0; c < num_contexts(); ++c) {
     const int start = WindowStart(static_cast<int>(contexts[c].size()));
-    Context& ctx = contexts_[c];
-    ctx.free_nodes.clear();
-    ctx.selected = ctx.cropped = false;
-    ctx.start = -1;
-    ctx.path_len = ctx.num_nodes = 0;
-    ctx.num_tokens = static_cast<int>(contexts[c].size()) - start;
+    contexts_[c] = {};
+    Strand& strand = all_.strands[c];
+    strand.path_len = 0;
+    strand.num_tokens = static_cast<int>(contexts[c].size()) - start;
     std::copy(contexts[c].begin() + start, contexts[c].end(), tokens_.begin() + TokenIndex(c, 0));
+  }
+  NumberRows();
+}
+
+void TokenTree::NumberRows() {
+  for (Strand& strand : all_.strands) {
+    strand.rows.resize(num_rows_);
+    std::iota(strand.rows.begin(), strand.rows.end(), 0);
   }
 }
 
 void TokenTree::Tile(int times) {
-  for (int c = 0; c < num_contexts(); ++c) {
-    for (int row = num_rows_; row < times * num_rows_; ++row) {
-      const int from = row % num_rows_;
-      std::memcpy(&tokens_[TokenIndex(c, row)], tokens(c, from),
-                  contexts_[c].num_tokens * sizeof(int32_t));
-      std::memcpy(PathOf(c, row), PathOf(c, from), contexts_[c].path_len * sizeof(uint32_t));
-      slots_[RowIndex(c, row)] = slots_[RowIndex(c, from)];
-    }
-  }
+  Tile(all_, times);
   num_rows_ *= times;
 }
 
-void TokenTree::Narrow(int num_rows) { num_rows_ = num_rows; }
+// Copies lie beside their row, which is at the same leaf.
+void TokenTree::Tile(Branch& branch, int times) {
+  for (Strand& strand : branch.strands) {
+    const int c = strand.context;
+    const size_t count = strand.rows.size();
+    strand.rows.resize(times * count);
+    for (size_t i = times * count; i-- > 0;) {
+      const int from = strand.rows[i / times], copy = static_cast<int>(i % times);
+      const int row = from + copy * num_rows_;
+      strand.rows[i] = row;
+      if (copy == 0) continue;
+      std::memcpy(&tokens_[TokenIndex(c, row)], tokens(c, from),
+                  strand.num_tokens * sizeof(int32_t));
+      std::memcpy(PathOf(c, row), PathOf(c, from), strand.path_len * sizeof(uint32_t));
+      slots_[RowIndex(c, row)] = slots_[RowIndex(c, from)];
+    }
+  }
+}
+
+void TokenTree::Narrow(int num_rows) {
+  num_rows_ = num_rows;
+  NumberRows();
+}
 
 void TokenTree::Keep(const int32_t* rows, int num_rows) {
-  for (int c = 0; c < num_contexts(); ++c) {
+  for (const Strand& strand : all_.strands) {
+    const int c = strand.context;
     contexts_[c].selected = true;
     for (int i = 0; i < num_rows; ++i) {
       const int from = rows[c * num_rows + i];
       std::memcpy(&other_tokens_[TokenIndex(c, i)], tokens(c, from),
-                  contexts_[c].num_tokens * sizeof(int32_t));
+                  strand.num_tokens * sizeof(int32_t));
       std::memcpy(&other_paths_[RowIndex(c, i) * max_path_], PathOf(c, from),
-                  contexts_[c].path_len * sizeof(uint32_t));
-      other_slots_[RowIndex(c, i)] = slots_[RowIndex(c, from)];
+                  strand.path_len * sizeof(uint32_t));
     }
   }
   tokens_.swap(other_tokens_);
   paths_.swap(other_paths_);
-  slots_.swap(other_slots_);
   num_rows_ = num_rows;
+  NumberRows();
 }
 
-void TokenTree::Append(const int32_t* tokens) {
-  for (int c = 0; c < num_contexts(); ++c) {
-    for (int row = 0; row < num_rows_; ++row) {
-      tokens_[TokenIndex(c, row) + contexts_[c].num_tokens] = tokens[c * num_rows_ + row];
+void TokenTree::Append(const int32_t* tokens, int stride) { Append(all_, tokens, stride); }
+
+void TokenTree::Append(Branch& branch, const int32_t* tokens, int stride) {
+  for (Strand& strand : branch.strands) {
+    const int c = strand.context;
+    for (int row : strand.rows) {
+      tokens_[TokenIndex(c, row) + strand.num_tokens] = tokens[c * stride + row];
     }
-    ++contexts_[c].num_tokens;
+    ++strand.num_tokens;
   }
 }
+
+// ---- passes ----
 
 const Pass& TokenTree::MakePass() {
-  pass_.count = pass_.num_leaves = 0;
-  for (auto* field : {&pass_.embedding_row, &pass_.position, &pass_.node, &pass_.path_len}) {
+  ClearPass(all_);
+  for (Strand& strand : all_.strands) {
+    const int c = strand.context;
+    contexts_[c].cropped = is_cropped(c);
+    if (contexts_[c].cropped) {
+      contexts_[c].start = WindowStart(strand.num_tokens);
+      FreeAllNodes(strand);
+      SortByPrefix(strand);
+      AddWindowNodes(strand);
+    } else if (contexts_[c].selected) {
+      FreeDeadNodes(strand);
+    }
+    contexts_[c].selected = false;
+  }
+  all_.pass.chained = all_.pass.count > 0;
+  for (Strand& strand : all_.strands) {
+    contexts_[strand.context].cropped ? AddWindowLeaves(strand) : AddNewest(all_, strand);
+  }
+  return all_.pass;
+}
+
+const Pass& TokenTree::MakePass(Branch& branch) {
+  ClearPass(branch);
+  for (Strand& strand : branch.strands) AddNewest(branch, strand);
+  return branch.pass;
+}
+
+void TokenTree::ClearPass(Branch& branch) const {
+  Pass& pass = branch.pass;
+  pass.count = pass.num_leaves = 0;
+  pass.chained = false;
+  pass.head = (branch.strands[0].num_tokens - 1) % model_.shape.transition_dim();
+  for (auto* field : {&pass.embedding_row, &pass.position, &pass.node, &pass.path_len}) {
     field->clear();
   }
-  pass_.placed.clear();
-  pass_.path.clear();
-  for (int c = 0; c < num_contexts(); ++c) {
-    contexts_[c].cropped = is_cropped(c);
-    if (!contexts_[c].cropped) {
-      if (contexts_[c].selected) FreeDeadNodes(c);
-      continue;
-    }
-    contexts_[c].start = WindowStart(contexts_[c].num_tokens);
-    contexts_[c].num_nodes = 0;
-    contexts_[c].free_nodes.clear();
-    contexts_[c].selected = false;
-    SortByPrefix(c);
-    AddWindowNodes(c);
-  }
-  pass_.chained = pass_.count > 0;
-  for (int c = 0; c < num_contexts(); ++c) {
-    contexts_[c].cropped ? AddWindowLeaves(c) : AddNewest(c);
-  }
-  pass_.head = (contexts_[0].num_tokens - 1) % model_.shape.transition_dim();
-  return pass_;
+  pass.placed.clear();
+  pass.path.clear();
 }
 
 // A longer sequence loses whole transitions from the left (the original's sampling.py:51-75).
@@ -124,140 +172,246 @@ int TokenTree::WindowToken(int context, int row, int window_idx) const {
   return tokens(context, row)[contexts_[context].start + window_idx - goal_len];
 }
 
-// Distinct (prefix, newest token) pairs; the prefix is known by its last visible node.
-void TokenTree::AddNewest(int context) {
-  Context& ctx = contexts_[context];
-  const int window_idx = model_.shape.goal_len + ctx.num_tokens - 1 - ctx.start;
-  const int path_idx = ctx.path_len;
-  for (int row = 0; row < num_rows_; ++row) {
-    const uint64_t prefix = PathOf(context, row)[path_idx - 1];
-    newest_[row] = {prefix << 32 | static_cast<uint32_t>(WindowToken(context, row, window_idx)),
-                    row};
+// Where the newest token is in the window.
+int TokenTree::NewestIndex(const Strand& strand) const {
+  return model_.shape.goal_len + strand.num_tokens - 1 - contexts_[strand.context].start;
+}
+
+// Rows in order of (prefix, newest token), branch.newest; the prefix is known by its last visible
+// node.
+void TokenTree::SortByNewest(Branch& branch, Strand& strand) const {
+  const int c = strand.context, window_idx = NewestIndex(strand);
+  branch.newest.clear();
+  for (int row : strand.rows) {
+    const uint64_t prefix = PathOf(c, row)[strand.path_len - 1];
+    branch.newest.emplace_back(
+        prefix << 32 | static_cast<uint32_t>(WindowToken(c, row, window_idx)), row);
   }
-  std::sort(newest_.begin(), newest_.begin() + num_rows_);
-  for (int i = 0; i < num_rows_; ++i) {
-    const int row = newest_[i].second;
-    if (i == 0 || newest_[i].first != newest_[i - 1].first) {
-      AddLeaf(context, row, window_idx, path_idx);
+  std::sort(branch.newest.begin(), branch.newest.end());
+  for (size_t i = 0; i < strand.rows.size(); ++i) strand.rows[i] = branch.newest[i].second;
+}
+
+// A node for every distinct (prefix, newest token).
+void TokenTree::AddNewest(Branch& branch, Strand& strand) {
+  const int c = strand.context, window_idx = NewestIndex(strand), path_idx = strand.path_len;
+  SortByNewest(branch, strand);
+  for (size_t i = 0; i < strand.rows.size(); ++i) {
+    const int row = strand.rows[i];
+    if (i == 0 || branch.newest[i].first != branch.newest[i - 1].first) {
+      AddLeaf(branch.pass, strand, row, window_idx, path_idx);
     } else {
-      PathOf(context, row)[path_idx] = PathOf(context, newest_[i - 1].second)[path_idx];
+      PathOf(c, row)[path_idx] = PathOf(c, strand.rows[i - 1])[path_idx];
     }
-    slots_[RowIndex(context, row)] = pass_.num_leaves - 1;
+    slots_[RowIndex(c, row)] = branch.pass.num_leaves - 1;
   }
-  if (!hidden_[window_idx]) ++ctx.path_len;
+  if (!hidden_[window_idx]) ++strand.path_len;
 }
 
 // Rows in the order of their windows' visible tokens: equal prefixes become neighbours.
-void TokenTree::SortByPrefix(int context) {
-  Context& ctx = contexts_[context];
-  const int window_len = model_.shape.goal_len + ctx.num_tokens - ctx.start;
+void TokenTree::SortByPrefix(Strand& strand) {
+  const int c = strand.context, newest_idx = NewestIndex(strand);
   visible_.clear();
-  for (int i = 0; i < window_len; ++i) {
-    if (!hidden_[i] || i == window_len - 1) visible_.push_back(i);
+  for (int i = 0; i <= newest_idx; ++i) {
+    if (!hidden_[i] || i == newest_idx) visible_.push_back(i);
   }
   const size_t len = visible_.size();
-  for (int row = 0; row < num_rows_; ++row) {
-    for (size_t k = 0; k < len; ++k) KeyOf(row)[k] = WindowToken(context, row, visible_[k]);
+  for (int row : strand.rows) {
+    for (size_t k = 0; k < len; ++k) KeyOf(row)[k] = WindowToken(c, row, visible_[k]);
   }
-  int32_t* order = &order_[RowIndex(context, 0)];
-  std::iota(order, order + num_rows_, 0);
-  std::sort(order, order + num_rows_, [this, len](int a, int b) {
+  std::sort(strand.rows.begin(), strand.rows.end(), [this, len](int a, int b) {
     const int32_t *x = KeyOf(a), *y = KeyOf(b);
     const auto [i, j] = std::mismatch(x, x + len, y);
     return i == x + len ? a < b : *i < *j;
   });
-  ctx.path_len = static_cast<int>(len) - 1;
+  strand.path_len = static_cast<int>(len) - 1;
 }
 
 // The nodes of all windows but the newest tokens': a row adds those that its neighbour lacks.
-void TokenTree::AddWindowNodes(int context) {
-  const int len = contexts_[context].path_len;
-  const int32_t* order = &order_[RowIndex(context, 0)];
+void TokenTree::AddWindowNodes(Strand& strand) {
+  const int c = strand.context, len = strand.path_len;
   for (int i = 0; i < num_rows_; ++i) {
+    const int row = strand.rows[i];
     int shared = 0;
     if (i > 0) {
-      const int32_t *a = KeyOf(order[i - 1]), *b = KeyOf(order[i]);
+      const int last = strand.rows[i - 1];
+      const int32_t *a = KeyOf(last), *b = KeyOf(row);
       shared = static_cast<int>(std::mismatch(a, a + len, b).first - a);
-      std::copy_n(PathOf(context, order[i - 1]), shared, PathOf(context, order[i]));
+      std::copy_n(PathOf(c, last), shared, PathOf(c, row));
     }
-    for (int k = shared; k < len; ++k) AddNode(context, order[i], visible_[k], k);
+    for (int k = shared; k < len; ++k) AddNode(all_.pass, strand, row, visible_[k], k);
   }
-  // the next context overwrites the keys: until the leaves are added, a slot says whether a row
-  // equals its neighbour altogether
-  for (int i = num_rows_ - 1; i > 0; --i) {
-    const int32_t *a = KeyOf(order[i - 1]), *b = KeyOf(order[i]);
-    slots_[RowIndex(context, order[i])] = std::equal(a, a + len + 1, b);
+  // before the next context overwrites the keys
+  for (int i = 0; i < num_rows_; ++i) {
+    const int32_t *a = i > 0 ? KeyOf(strand.rows[i - 1]) : nullptr, *b = KeyOf(strand.rows[i]);
+    same_[RowIndex(c, strand.rows[i])] = i > 0 && std::equal(a, a + len + 1, b);
   }
-  slots_[RowIndex(context, order[0])] = false;
 }
 
-void TokenTree::AddWindowLeaves(int context) {
-  Context& ctx = contexts_[context];
-  const int window_idx = model_.shape.goal_len + ctx.num_tokens - 1 - ctx.start;
-  const int path_idx = ctx.path_len;
-  const int32_t* order = &order_[RowIndex(context, 0)];
+void TokenTree::AddWindowLeaves(Strand& strand) {
+  const int c = strand.context, window_idx = NewestIndex(strand), path_idx = strand.path_len;
   for (int i = 0; i < num_rows_; ++i) {
-    int32_t& slot = slots_[RowIndex(context, order[i])];
-    if (!slot) {
-      AddLeaf(context, order[i], window_idx, path_idx);
+    const int row = strand.rows[i];
+    if (!same_[RowIndex(c, row)]) {
+      AddLeaf(all_.pass, strand, row, window_idx, path_idx);
     } else if (!hidden_[window_idx]) {
-      PathOf(context, order[i])[path_idx] = PathOf(context, order[i - 1])[path_idx];
+      PathOf(c, row)[path_idx] = PathOf(c, strand.rows[i - 1])[path_idx];
     }
-    slot = pass_.num_leaves - 1;
+    slots_[RowIndex(c, row)] = all_.pass.num_leaves - 1;
   }
-  if (!hidden_[window_idx]) ++ctx.path_len;
+  if (!hidden_[window_idx]) ++strand.path_len;
 }
 
 // A new node; unless hidden, it ends its own path at path_idx.
-void TokenTree::AddNode(int context, int row, int window_idx, int path_idx) {
-  const int node = NewNode(context);
-  uint32_t* path = PathOf(context, row);
+void TokenTree::AddNode(Pass& pass, Strand& strand, int row, int window_idx, int path_idx) {
+  if (strand.nodes.empty()) throw std::logic_error("tt: too many nodes");
+  const int c = strand.context, node = strand.nodes.back();
+  strand.nodes.pop_back();
+  uint32_t* path = PathOf(c, row);
   const bool hidden = hidden_[window_idx];
   if (!hidden) path[path_idx] = static_cast<uint32_t>(NodeOffset(node));
   const int goal_len = model_.shape.goal_len, position = window_idx - goal_len;
-  const int token = WindowToken(context, row, window_idx);
-  pass_.embedding_row.push_back(
+  const int token = WindowToken(c, row, window_idx);
+  pass.embedding_row.push_back(
       position < 0 ? model_.GoalRow(token, window_idx)
                    : model_.EmbeddingRow(token, position % model_.shape.transition_dim()));
-  pass_.position.push_back(std::max(position, -1));
-  pass_.placed.push_back(position < 0 ? model_.shape.PlacedGoal(token, window_idx)
-                                      : model_.shape.Placed(token, position));
-  pass_.node.push_back(node);
-  pass_.path.push_back(path);
-  pass_.path_len.push_back(path_idx + (hidden ? 0 : 1));
-  ++pass_.count;
+  pass.position.push_back(std::max(position, -1));
+  pass.placed.push_back(position < 0 ? model_.shape.PlacedGoal(token, window_idx)
+                                     : model_.shape.Placed(token, position));
+  pass.node.push_back(node);
+  pass.path.push_back(path);
+  pass.path_len.push_back(path_idx + (hidden ? 0 : 1));
+  ++pass.count;
 }
 
-int TokenTree::NewNode(int context) {
-  Context& ctx = contexts_[context];
-  int idx = ctx.num_nodes;
-  if (!ctx.free_nodes.empty()) {
-    idx = ctx.free_nodes.back();
-    ctx.free_nodes.pop_back();
-  } else if (ctx.num_nodes++ == limits_.max_nodes) {
-    throw std::logic_error("tt: too many nodes");
-  }
-  return context * limits_.max_nodes + idx;
+void TokenTree::AddLeaf(Pass& pass, Strand& strand, int row, int window_idx, int path_idx) {
+  AddNode(pass, strand, row, window_idx, path_idx);
+  ++pass.num_leaves;
 }
 
-void TokenTree::FreeDeadNodes(int context) {
-  Context& ctx = contexts_[context];
-  ctx.selected = false;
-  std::fill_n(alive_.begin(), ctx.num_nodes, 0);
-  const int first = NodeOffset(context * limits_.max_nodes), stride = NodeOffset(1);
-  for (int row = 0; row < num_rows_; ++row) {
-    const uint32_t* path = PathOf(context, row);
-    for (int k = 0; k < ctx.path_len; ++k) alive_[(static_cast<int>(path[k]) - first) / stride] = 1;
+void TokenTree::FreeAllNodes(Strand& strand) {
+  strand.nodes.resize(limits_.max_nodes);
+  std::iota(strand.nodes.rbegin(), strand.nodes.rend(), strand.context * limits_.max_nodes);
+}
+
+void TokenTree::FreeDeadNodes(Strand& strand) {
+  const int first = strand.context * limits_.max_nodes, stride = NodeOffset(1);
+  std::fill(alive_.begin(), alive_.end(), 0);
+  for (int row : strand.rows) {
+    const uint32_t* path = PathOf(strand.context, row);
+    for (int k = 0; k < strand.path_len; ++k) {
+      alive_[(static_cast<int>(path[k]) - NodeOffset(first)) / stride] = 1;
+    }
   }
-  ctx.free_nodes.clear();
-  for (int idx = ctx.num_nodes; idx-- > 0;) {
-    if (!alive_[idx]) ctx.free_nodes.push_back(idx);
+  strand.nodes.clear();
+  for (int idx = limits_.max_nodes; idx-- > 0;) {
+    if (!alive_[idx]) strand.nodes.push_back(first + idx);
   }
 }
 
-void TokenTree::AddLeaf(int context, int row, int window_idx, int path_idx) {
-  AddNode(context, row, window_idx, path_idx);
-  ++pass_.num_leaves;
+// ---- branches ----
+
+bool TokenTree::Split(int num_branches, int num_passes, int nodes_per_row) {
+  for (const Strand& strand : all_.strands) {
+    const int last = strand.num_tokens + num_passes - 1;
+    if (WindowStart(last) != contexts_[strand.context].start) return false;
+    // rows that differ in a hidden token only will be one again
+    if (hidden_[NewestIndex(strand)]) return false;
+  }
+  if (HasLargeLeaf(total_rows() / num_branches)) return false;
+  ShareOut(num_branches, nodes_per_row);
+  return true;
+}
+
+// Leaves are the nodes that the next pass would add.
+bool TokenTree::HasLargeLeaf(int most_rows) {
+  for (Strand& strand : all_.strands) {
+    SortByNewest(all_, strand);
+    for (size_t begin = 0, end; begin < strand.rows.size(); begin = end) {
+      end = EndOfLeaf(begin);
+      if (static_cast<int>(end - begin) > most_rows) return true;
+    }
+  }
+  return false;
+}
+
+// Of the leaf that begins there in all_.newest.
+size_t TokenTree::EndOfLeaf(size_t begin) const {
+  size_t end = begin + 1;
+  while (end < all_.newest.size() && all_.newest[end].first == all_.newest[begin].first) ++end;
+  return end;
+}
+
+// Leaf after leaf; each goes where its middle is, if branches are even shares of all rows.
+void TokenTree::ShareOut(int num_branches, int nodes_per_row) {
+  int share = -1;
+  int64_t before = 0;  // rows
+  num_branches_ = 0;
+  for (Strand& strand : all_.strands) {
+    SortByNewest(all_, strand);
+    for (size_t begin = 0, end; begin < strand.rows.size(); begin = end) {
+      end = EndOfLeaf(begin);
+      const int64_t count = static_cast<int64_t>(end - begin);
+      const auto of_leaf =
+          static_cast<int>((2 * before + count) * num_branches / (2 * int64_t{total_rows()}));
+      if (of_leaf > share) AddBranch();
+      share = of_leaf;
+      before += count;
+      auto& rows = branches_[num_branches_ - 1].strands[strand.context].rows;
+      rows.insert(rows.end(), strand.rows.begin() + begin, strand.rows.begin() + end);
+    }
+  }
+  for (int i = 0; i < num_branches_; ++i) Provide(branches_[i], nodes_per_row);
+}
+
+// An empty one.
+void TokenTree::AddBranch() {
+  if (static_cast<size_t>(num_branches_) == branches_.size()) branches_.emplace_back();
+  Branch& branch = branches_[num_branches_++];
+  branch.strands.resize(num_contexts());
+  for (const Strand& all : all_.strands) {
+    Strand& strand = branch.strands[all.context];
+    strand.context = all.context;
+    strand.num_tokens = all.num_tokens;
+    strand.path_len = all.path_len;
+    strand.rows.clear();
+    strand.nodes.clear();
+  }
+}
+
+// Nodes, and room for as many rows as may become of its own: what follows throws nothing.
+void TokenTree::Provide(Branch& branch, int nodes_per_row) {
+  const size_t times = limits_.max_rows / num_rows_, num_rows = times * branch.num_rows();
+  for (Strand& strand : branch.strands) {
+    auto& all = all_.strands[strand.context].nodes;
+    const size_t num_nodes = strand.rows.size() * nodes_per_row;
+    if (num_nodes > all.size()) throw std::logic_error("tt: too many nodes");
+    strand.nodes.assign(all.end() - num_nodes, all.end());
+    all.resize(all.size() - num_nodes);
+    strand.rows.reserve(times * strand.rows.size());
+  }
+  branch.newest.reserve(num_rows);
+  Pass& pass = branch.pass;
+  for (auto* field : {&pass.embedding_row, &pass.position, &pass.node, &pass.path_len}) {
+    field->reserve(num_rows);
+  }
+  pass.placed.reserve(num_rows);
+  pass.path.reserve(num_rows);
+}
+
+void TokenTree::Join(int times) {
+  for (int i = 0; i < num_branches_; ++i) {
+    for (const Strand& strand : branches_[i].strands) {
+      auto& all = all_.strands[strand.context].nodes;
+      all.insert(all.end(), strand.nodes.begin(), strand.nodes.end());  // what is left
+    }
+  }
+  for (Strand& strand : all_.strands) {
+    strand.num_tokens = branches_[0].strands[strand.context].num_tokens;
+    strand.path_len = branches_[0].strands[strand.context].path_len;
+  }
+  num_rows_ *= times;
+  num_branches_ = 0;
+  NumberRows();
 }
 
 }  // namespace tt

@@ -3,7 +3,7 @@
 // A row is one sequence of tokens (a beam, or a candidate). A node is one distinct prefix of a
 // window, computed once however many rows pass through it; a row knows its nodes by its path.
 // Tokens that attention hides (values) are never on a path, so rows that differ only there share
-// all later nodes.
+// all later nodes. Rows that share no node to come can go on without each other, as branches.
 #ifndef TT_TOKEN_TREE_H_
 #define TT_TOKEN_TREE_H_
 
@@ -32,6 +32,25 @@ struct Pass {
   int num_internal() const { return count - num_leaves; }
 };
 
+// Rows of one context that go on together.
+struct Strand {
+  int context = 0;
+  int num_tokens = 0;  // of a row
+  int path_len = 0;
+  std::vector<int32_t> rows;   // those at the same leaf of the last pass side by side
+  std::vector<int32_t> nodes;  // that are on no path, the next one to be taken last
+};
+
+// Rows whose passes are made together: all of them, or some that part from the others until rows
+// are dropped.
+struct Branch {
+  std::vector<Strand> strands;
+  Pass pass;                                         // the last one
+  std::vector<std::pair<uint64_t, int32_t>> newest;  // scratch: (prefix, token) and row
+
+  int num_rows() const;
+};
+
 struct TreeLimits {
   int num_contexts = 1;
   int max_rows = 1;    // a context
@@ -56,10 +75,24 @@ class TokenTree {
   // These rows, (num_contexts, num_rows), in this order. Nodes that no row passes through any more
   // are used again.
   void Keep(const int32_t* rows, int num_rows);
-  // A token for every row, (num_contexts, num_rows).
-  void Append(const int32_t* tokens);
+  // A token for every row, (num_contexts, stride), of which the first num_rows count.
+  void Append(const int32_t* tokens, int stride);
   // Nodes for the newest tokens; where a window was cropped, for all of it.
   const Pass& MakePass();
+
+  // Parts rows into about so many branches that no node to come will be shared by, all of some
+  // size, for passes over so many tokens more, with so many new nodes a row in all. False if rows
+  // are too much alike, or if windows will be cropped before.
+  bool Split(int num_branches, int num_passes, int nodes_per_row);
+  const Branch& all() const { return all_; }
+  int num_branches() const { return num_branches_; }
+  Branch& branch(int i) { return branches_[i]; }
+  // As above, of the rows of one branch; different threads may be at different branches.
+  void Tile(Branch& branch, int times);
+  void Append(Branch& branch, const int32_t* tokens, int stride);
+  const Pass& MakePass(Branch& branch);
+  // When all branches have as many tokens, and rows are so many times as many as there were.
+  void Join(int times);
 
   int num_contexts() const { return limits_.num_contexts; }
   int num_rows() const { return num_rows_; }
@@ -67,30 +100,25 @@ class TokenTree {
   int max_total_nodes() const { return limits_.num_contexts * limits_.max_nodes; }
   // Which leaf of the last pass a row's newest token is.
   int slot(int context, int row) const { return slots_[RowIndex(context, row)]; }
-  int num_slots() const { return pass_.num_leaves; }
+  int num_slots() const { return all_.pass.num_leaves; }
   // Tokens of a context's window, a goal's included.
   int window_len(int context) const {
-    return model_.shape.goal_len + contexts_[context].num_tokens -
-           WindowStart(contexts_[context].num_tokens);
+    return model_.shape.goal_len + num_tokens(context) - WindowStart(num_tokens(context));
   }
   // Whether the next pass encodes a whole window of it.
   bool is_cropped(int context) const {
-    return WindowStart(contexts_[context].num_tokens) != contexts_[context].start;
+    return WindowStart(num_tokens(context)) != contexts_[context].start;
   }
-  int num_tokens(int context) const { return contexts_[context].num_tokens; }
+  int num_tokens(int context) const { return all_.strands[context].num_tokens; }
   const int32_t* tokens(int context, int row) const {
     return tokens_.data() + TokenIndex(context, row);
   }
 
  private:
   struct Context {
-    int num_tokens = 0;
-    int start = -1;  // first token of the window; -1: nothing computed yet
-    int path_len = 0;
-    int num_nodes = 0;                // that were ever used since the last crop
-    std::vector<int32_t> free_nodes;  // of these, the ones on no path, last one taken first
-    bool selected = false;            // rows were dropped since the last pass
-    bool cropped = false;             // in the pass that is being made
+    int start = -1;         // first token of the window; -1: nothing computed yet
+    bool selected = false;  // rows were dropped since the last pass
+    bool cropped = false;   // in the pass that is being made
   };
 
   size_t RowIndex(int context, int row) const {
@@ -102,19 +130,32 @@ class TokenTree {
   uint32_t* PathOf(int context, int row) {
     return paths_.data() + RowIndex(context, row) * max_path_;
   }
+  const uint32_t* PathOf(int context, int row) const {
+    return paths_.data() + RowIndex(context, row) * max_path_;
+  }
   int32_t* KeyOf(int row) { return keys_.data() + static_cast<size_t>(row) * max_path_; }
   int NodeOffset(int node) const { return node * model_.head_layout.stride; }
-  int NewNode(int context);
-  void FreeDeadNodes(int context);
+  void NumberRows();
+  void FreeAllNodes(Strand& strand);
+  void FreeDeadNodes(Strand& strand);
   int WindowStart(int num_tokens) const;
   int WindowToken(int context, int row, int window_idx) const;
+  int NewestIndex(const Strand& strand) const;
 
-  void AddNewest(int context);
-  void SortByPrefix(int context);
-  void AddWindowNodes(int context);
-  void AddWindowLeaves(int context);
-  void AddNode(int context, int row, int window_idx, int path_idx);
-  void AddLeaf(int context, int row, int window_idx, int path_idx);
+  void ClearPass(Branch& branch) const;
+  void SortByNewest(Branch& branch, Strand& strand) const;
+  void AddNewest(Branch& branch, Strand& strand);
+  void SortByPrefix(Strand& strand);
+  void AddWindowNodes(Strand& strand);
+  void AddWindowLeaves(Strand& strand);
+  void AddNode(Pass& pass, Strand& strand, int row, int window_idx, int path_idx);
+  void AddLeaf(Pass& pass, Strand& strand, int row, int window_idx, int path_idx);
+
+  bool HasLargeLeaf(int most_rows);
+  size_t EndOfLeaf(size_t begin) const;
+  void ShareOut(int num_branches, int nodes_per_row);
+  void AddBranch();
+  void Provide(Branch& branch, int nodes_per_row);
 
   const Model& model_;
   const std::vector<uint8_t> hidden_;
@@ -122,17 +163,18 @@ class TokenTree {
   int num_rows_ = 0;
   int max_path_ = 0;
   std::vector<Context> contexts_;
+  Branch all_;  // a strand a context
+  int num_branches_ = 0;
+  std::vector<Branch> branches_;  // at least as many
   std::vector<int32_t> goal_;
   std::vector<int32_t> tokens_, other_tokens_;  // (contexts, max_rows, max_tokens)
   std::vector<uint32_t> paths_, other_paths_;   // (contexts, max_rows, max_path) node offsets
-  std::vector<int32_t> slots_, other_slots_;
+  std::vector<int32_t> slots_;                  // (contexts, max_rows)
   // scratch of MakePass
   std::vector<int32_t> visible_;  // window indices that a query can see, the newest last
   std::vector<int32_t> keys_;     // (max_rows, max_path) tokens there
-  std::vector<int32_t> order_;    // (contexts, max_rows) rows by these
+  std::vector<uint8_t> same_;     // (contexts, max_rows) whether a row equals the one before it
   std::vector<uint8_t> alive_;    // (max_nodes)
-  std::vector<std::pair<uint64_t, int32_t>> newest_;  // (prefix, token) and row
-  Pass pass_;
 };
 
 }  // namespace tt

@@ -4,6 +4,9 @@
 #include <algorithm>
 #include <cmath>
 #include <functional>
+#include <mutex>
+#include <utility>
+#include <vector>
 
 #include "check.h"
 #include "engine.h"
@@ -47,8 +50,8 @@ void GrowBeams(const Model& model, int max_len, const std::vector<int>& context_
     }
     if (step % dim == 0) engine.tree.Tile(kRows / engine.tree.num_rows());
     const int num_rows = engine.tree.num_rows();
-    engine.tree.Append(
-        random.Tokens(size_t(num_contexts) * num_rows, model.shape.num_ids()).data());
+    engine.tree.Append(random.Tokens(size_t(num_contexts) * num_rows, model.shape.num_ids()).data(),
+                       num_rows);
     if (step % dim == dim - 1) {
       engine.tree.Keep(random.Tokens(num_contexts * kBeams, num_rows).data(), kBeams);
     }
@@ -136,6 +139,59 @@ TEST(IncrementalLogitsEqualFreshOnes) {
   }
 }
 
+// By several threads at once, each with branches of its own, whose rows part further.
+TEST(LogitsOfBranches) {
+  constexpr int kRows = 12, kTimes = 9, kPasses = 4;
+  for (const Ops* ops : TestedOps()) {
+    for (const bool bf16 : {false, true}) {
+      const Context context(Text(ops->name, bf16 ? "bf16" : "fp32"));
+      const Shape shape = SmallShapes()[0];
+      const auto model = MakeModel(shape, *ops, bf16);
+      Engine engine(*model,
+                    {.num_contexts = 2,
+                     .max_rows = kRows * kTimes,
+                     .max_len = shape.block_size(),
+                     .max_tokens = shape.block_size(),
+                     .max_nodes = 999},
+                    3);
+      Random random(5);
+      const auto draw = [&] { return random.Tokens(2 * kRows * kTimes, shape.num_ids()); };
+      engine.tree.Begin({random.Tokens(3, 8), random.Tokens(10, 8)}, {});
+      engine.decoder.Forward(engine.tree.MakePass());
+      engine.tree.Tile(kRows);
+      engine.tree.Append(draw().data(), kRows * kTimes);
+      CHECK(engine.tree.Split(4, kPasses, kTimes * kPasses));
+      engine.decoder.ReserveBranches(2 * kRows * kTimes);
+      std::vector<Row> tokens;
+      for (int i = 0; i < kPasses; ++i) tokens.push_back(draw());
+      std::mutex mutex;
+      std::vector<std::pair<Row, std::vector<float>>> seen;  // tokens and their logits
+      engine.pool.Run(engine.tree.num_branches(), [&](int b, int thread) {
+        Branch& branch = engine.tree.branch(b);
+        for (int i = 0; i < kPasses; ++i) {
+          if (i == 2) engine.tree.Tile(branch, kTimes);
+          engine.decoder.ForwardBranch(engine.tree.MakePass(branch), thread);
+          const std::lock_guard lock(mutex);
+          for (const Strand& strand : branch.strands) {
+            for (int row : strand.rows) {
+              const int32_t* of_row = engine.tree.tokens(strand.context, row);
+              const float* logits =
+                  engine.decoder.branch_logits(thread, engine.tree.slot(strand.context, row));
+              seen.push_back(
+                  {{of_row, of_row + strand.num_tokens}, {logits, logits + shape.num_ids()}});
+            }
+          }
+          engine.tree.Append(branch, tokens[i].data(), kRows * kTimes);
+        }
+      });
+      CHECK_EQ(seen.size(), size_t(2 * kRows * (2 + 2 * kTimes)));
+      CHECK(engine.tree.num_branches() > 2);
+      const FreshEncoder fresh(*model, shape.block_size());
+      for (const auto& [row, logits] : seen) CHECK(logits == fresh.Logits({}, row));
+    }
+  }
+}
+
 // However little is kept of the first layer.
 TEST(IncrementalLogitsOfAForgetfulDecoder) {
   for (bool bf16 : {false, true}) {
@@ -200,7 +256,7 @@ TEST(DecoderCountsItsNodes) {
   CHECK_EQ(engine.decoder.stats().reencoded_nodes, 4);
   engine.tree.Tile(4);
   const int32_t tokens[] = {0, 1, 1, 1, 2, 2, 2, 2};
-  engine.tree.Append(tokens);
+  engine.tree.Append(tokens, 4);
   engine.decoder.Forward(engine.tree.MakePass());
   CHECK_EQ(engine.decoder.stats().decoded_nodes, 3);
   CHECK(engine.decoder.stats().gemm_flops > 0.0 && engine.decoder.stats().attention_flops > 0.0);

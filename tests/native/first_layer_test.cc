@@ -1,28 +1,31 @@
-// Rows of the first layer by placed token: which are known, which are missing, what is forgotten.
+// Rows of the first layer by placed token: which are known, which are forgotten, many threads at
+// it.
 #include "first_layer.h"
 
+#include <atomic>
 #include <set>
+#include <vector>
 
 #include "check.h"
 #include "engine.h"
 #include "isa.h"
 #include "random.h"
 #include "small_models.h"
+#include "thread_pool.h"
 
 namespace tt::test {
 namespace {
 
-using Placed = std::vector<int64_t>;
-using Indices = std::vector<int32_t>;
+size_t Width(const Model& model) { return 3 * model.shape.attn_width(); }
+size_t RowBytes(const Model& model) { return Width(model) * sizeof(float); }
 
-size_t RowBytes(const Model& model) { return 3 * model.shape.attn_width() * sizeof(float); }
+// Of a placed token: its own number everywhere.
+std::vector<float> RowOf(const Model& model, int64_t placed) {
+  return std::vector<float>(Width(model), static_cast<float>(placed));
+}
 
-// Fills what is missing with the placed token's own number, as a decoder would with its row.
-void Fill(FirstLayer& first, const Placed& placed, size_t width) {
-  float* rows = first.missing_rows();
-  for (size_t i = 0; i < first.missing().size(); ++i) {
-    for (size_t k = 0; k < width; ++k) rows[i * width + k] = placed[first.missing()[i]];
-  }
+bool IsRowOf(const float* row, const Model& model, int64_t placed) {
+  return row != nullptr && RowOf(model, placed) == std::vector<float>(row, row + Width(model));
 }
 
 }  // namespace
@@ -43,40 +46,42 @@ TEST(PlacedTokensAreDistinct) {
   CHECK(*seen.begin() == 0 && *seen.rbegin() == count - 1);
 }
 
-TEST(FirstLayerMissesAPlacedTokenOnce) {
+TEST(FirstLayerKeepsRows) {
   const auto model = MakeModel(SmallShapes()[0], *ScalarOps());
   FirstLayer first(*model, 1 << 20);
-  first.Find({5, 7, 5});
-  CHECK(first.missing() == (Indices{0, 1}));
-  CHECK(first[0] == first[2] && first[0] == first.missing_rows());
-  first.Find({8, 7, 9, 5});
-  CHECK(first.missing() == (Indices{0, 2}));
-  first.Find({9, 8});
-  CHECK(first.missing().empty());
-  first.Find({});
-  CHECK(first.missing().empty());
+  CHECK(first.Find(5) == nullptr);
+  first.Add(5, RowOf(*model, 5).data());
+  first.Add(0, RowOf(*model, 0).data());
+  const float* row = first.Find(5);
+  first.Add(5, RowOf(*model, 6).data());  // known already
+  first.MakeRoom();                       // there is room
+  CHECK(first.Find(5) == row && IsRowOf(row, *model, 5));
+  CHECK(IsRowOf(first.Find(0), *model, 0));
+  CHECK(first.Find(7) == nullptr);
 }
 
-// However little room there is, every pass finds its own rows; room grows to less than twice what
-// one pass needs, equal tokens counted once.
+// However little room there is: what was added first stays until all are forgotten.
 TEST(FirstLayerForgetsRatherThanGrows) {
   const auto model = MakeModel(SmallShapes()[0], *ScalarOps());
-  const size_t width = 3 * model->shape.attn_width();
-  for (size_t num_rows : {0, 1, 7, 40}) {
+  for (int num_rows : {0, 1, 7, 40}) {
+    const Context context(Text("rows", num_rows));
     FirstLayer first(*model, num_rows * RowBytes(*model));
-    Random random(num_rows);
-    size_t most = num_rows;
-    for (int pass = 0; pass < 50; ++pass) {
-      Placed placed;
-      for (int32_t token : random.Tokens(1 + pass % 9, 20)) placed.insert(placed.end(), 3, token);
-      first.Find(placed);
-      Fill(first, placed, width);
-      for (size_t i = 0; i < placed.size(); ++i) {
-        CHECK_EQ(first[i][0], float(placed[i]));
-        CHECK_EQ(first[i][width - 1], float(placed[i]));
+    CHECK_LE(first.allocated_bytes(), num_rows * (RowBytes(*model) + 4 * 16) + 4 * 16);
+    for (int round = 0; round < 3; ++round) {
+      const int begin = 100 * round;
+      for (int placed = begin; placed < begin + 60; ++placed) {
+        first.Add(placed, RowOf(*model, placed).data());
+        if (placed - begin < num_rows) first.MakeRoom();
       }
-      most = std::max(most, 2 * std::set<int64_t>(placed.begin(), placed.end()).size());
-      CHECK_LE(first.allocated_bytes(), most * (RowBytes(*model) + 4 * 16));
+      for (int placed = begin; placed < begin + 60; ++placed) {
+        if (placed - begin < num_rows) {
+          CHECK(IsRowOf(first.Find(placed), *model, placed));
+        } else {
+          CHECK(first.Find(placed) == nullptr);
+        }
+      }
+      first.MakeRoom();
+      for (int placed = 0; placed < 300; ++placed) CHECK(first.Find(placed) == nullptr);
     }
   }
 }
@@ -89,11 +94,40 @@ TEST(FirstLayerOfManyPlacedTokens) {
   CHECK(shape.num_placed() > int64_t{1} << 32);
   const auto model = MakeModel(SmallShapes()[0], *ScalarOps());
   FirstLayer first(*model, 9 * RowBytes(*model));
-  const Placed placed = {shape.num_placed() - 1, 3, shape.Placed(3, 4096), int64_t{3} << 32};
-  first.Find(placed);
-  CHECK(first.missing() == (Indices{0, 1, 2, 3}));
-  first.Find(placed);
-  CHECK(first.missing().empty());
+  for (int64_t placed :
+       {shape.num_placed() - 1, int64_t{3}, shape.Placed(3, 4096), int64_t{3} << 32}) {
+    CHECK(first.Find(placed) == nullptr);
+    first.Add(placed, RowOf(*model, placed).data());
+    CHECK(IsRowOf(first.Find(placed), *model, placed));
+  }
+}
+
+// What a thread finds is whole, and where there is room every row is found in the end.
+TEST(FirstLayerOfManyThreads) {
+  constexpr int kThreads = 4, kPlaced = 40;
+  const auto model = MakeModel(SmallShapes()[0], *ScalarOps());
+  ThreadPool pool(kThreads);
+  for (int room : {kPlaced / 2, kThreads * kPlaced}) {
+    const Context context(Text("room", room));
+    for (int round = 0; round < 50; ++round) {
+      FirstLayer first(*model, room * RowBytes(*model));
+      std::atomic<int> wrong = 0;
+      pool.Run(kThreads, [&](int task, int) {
+        for (int i = 0; i < 4 * kPlaced; ++i) {
+          const int placed = (i + task * kPlaced / kThreads) % kPlaced;
+          if (const float* row = first.Find(placed)) {
+            wrong += !IsRowOf(row, *model, placed);
+          } else {
+            first.Add(placed, RowOf(*model, placed).data());
+          }
+        }
+      });
+      CHECK_EQ(wrong.load(), 0);
+      for (int placed = 0; placed < kPlaced && room > kPlaced; ++placed) {
+        CHECK(IsRowOf(first.Find(placed), *model, placed));
+      }
+    }
+  }
 }
 
 TEST(DecoderCountsTheFirstLayerOnce) {

@@ -91,6 +91,9 @@ TEST(PlansEqualTheNaiveSearch) {
     CheckAgainstNaive(*ops, false, shape, MakeSettings(shape, 0.7));
     CheckAgainstNaive(*ops, false, shape, MakeTruncatedSettings(shape));
     CheckAgainstNaive(*ops, true, shape, MakeTruncatedSettings(shape, 0.3));
+    PlanSettings wide = MakeSettings(SmallShapes()[0]);
+    wide.beam_width = 20;
+    CheckAgainstNaive(*ops, false, SmallShapes()[0], wide);
   }
 }
 
@@ -101,7 +104,9 @@ TEST(PlansDoNotDependOnThreads) {
     const PlanRequest request = MakeRequest(shape);
     const auto want = MakeSearch(shape, ops, bf16, 1).Plan(settings, request);
     for (int num_threads : {2, 7}) {
-      CheckSame(MakeSearch(shape, ops, bf16, num_threads).Plan(settings, request), want);
+      BeamSearch search = MakeSearch(shape, ops, bf16, num_threads);
+      CheckSame(search.Plan(settings, request), want);
+      CHECK(search.stats().branches > 0);
     }
   };
   for (const Ops* ops : TestedOps()) {
@@ -259,9 +264,38 @@ TEST(StatsCount) {
   const PlanStats stats = search.stats();
   CHECK(stats.decoder.decoded_nodes > 0 && stats.decoder.reencoded_nodes > 0);
   CHECK_LE(stats.decoder.decoded_nodes + stats.decoder.reencoded_nodes, stats.rows_asked);
-  CHECK(stats.seconds > 0.0 && stats.bytes > 0);
+  CHECK(stats.seconds > 0.0 && stats.bytes > 0 && stats.branches > 0);
   search.ResetStats();
   CHECK_EQ(search.stats().rows_asked + search.stats().decoder.decoded_nodes, 0);
+  CHECK_EQ(search.stats().branches, 0);
+}
+
+// Counts are of rows, however these part.
+TEST(StatsDoNotDependOnThreads) {
+  const Shape shape = SmallShapes()[2];
+  const PlanSettings settings = MakeSettings(shape);
+  BeamSearch one = MakeSearch(shape, FindOps("auto"), false, 1);
+  BeamSearch many = MakeSearch(shape, FindOps("auto"), false, 5);
+  for (BeamSearch* search : {&one, &many}) search->Plan(settings, MakeRequest(shape, false));
+  const PlanStats got = many.stats(), want = one.stats();
+  CHECK(got.branches > 0);
+  CHECK_EQ(got.rows_asked, want.rows_asked);
+  CHECK_EQ(got.decoder.decoded_nodes, want.decoder.decoded_nodes);
+  CHECK_EQ(got.decoder.reencoded_nodes, want.decoder.reencoded_nodes);
+  CHECK_EQ(got.decoder.attention_flops, want.decoder.attention_flops);
+}
+
+// Their weights are read by all threads at once.
+TEST(LargeModelsHaveNoBranches) {
+  Shape shape = SmallShapes()[0];
+  PlanSettings settings = MakeSettings(shape);
+  settings.horizon = 1;
+  for (int embed : {16, 320}) {
+    shape.embed_dim = embed;
+    BeamSearch search = MakeSearch(shape, FindOps("auto"), false, 2);
+    search.Plan(settings, MakeRequest(shape, false));
+    CHECK_EQ(search.stats().branches > 0, embed == 16);
+  }
 }
 
 // A model that diverged: logits are NaN or infinite everywhere.

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <map>
 #include <set>
+#include <utility>
+#include <vector>
 
 #include "check.h"
 #include "random.h"
@@ -57,9 +59,11 @@ class Walk {
       Change();
       Append();
       if (random_.Below(3) == 0) Change();
+      if (random_.Below(3) == 0) RunBranches();
       CheckPass();
     }
   }
+  int num_branches() const { return num_branches_; }
 
  private:
   static constexpr int kMaxRows = 24, kMaxSteps = 200, kMaxNodes = 4000;
@@ -107,11 +111,74 @@ class Walk {
 
   void Append() {
     const auto tokens = random_.Tokens(size_t(NumContexts()) * NumRows(), settings_.num_ids);
-    tree_.Append(tokens.data());
+    tree_.Append(tokens.data(), NumRows());
     size_t next = 0;
     for (auto& rows : rows_) {
       for (Row& row : rows) row.push_back(tokens[next++]);
     }
+  }
+
+  // Some tokens more, branch after branch, if the tree parts rows; copies of all on the way.
+  void RunBranches() {
+    const int num_passes = 1 + random_.Below(4), times = 1 + random_.Below(kMaxRows / NumRows());
+    const int tile_at = random_.Below(num_passes);
+    if (!tree_.Split(2 + random_.Below(4), num_passes, times * num_passes)) return;
+    const int num_rows = NumRows();
+    for (auto& rows : rows_) rows.resize(times * num_rows);
+    std::set<std::pair<int, int>> seen;
+    for (int b = 0; b < tree_.num_branches(); ++b) {
+      Branch& branch = tree_.branch(b);
+      for (const Strand& strand : branch.strands) {
+        for (int row : strand.rows) CHECK(seen.emplace(strand.context, row).second);
+      }
+      for (int i = 0; i < num_passes; ++i) {
+        if (i == tile_at) TileBranch(branch, times);
+        CheckBranchPass(branch);
+        AppendToBranch(branch);
+      }
+    }
+    CHECK_EQ(seen.size(), size_t(NumContexts()) * num_rows);
+    num_branches_ += tree_.num_branches();
+    tree_.Join(times);
+  }
+
+  void TileBranch(Branch& branch, int times) {
+    const int num_rows = NumRows() / times;
+    for (const Strand& strand : branch.strands) {
+      auto& rows = rows_[strand.context];
+      for (int row : strand.rows) {
+        for (int i = 1; i < times; ++i) rows[row + i * num_rows] = rows[row];
+      }
+    }
+    tree_.Tile(branch, times);
+  }
+
+  void AppendToBranch(Branch& branch) {
+    std::vector<int32_t> tokens(size_t(NumContexts()) * kMaxRows, -1);
+    for (const Strand& strand : branch.strands) {
+      for (int row : strand.rows) {
+        const int32_t token = random_.Below(settings_.num_ids);
+        tokens[strand.context * kMaxRows + row] = token;
+        rows_[strand.context][row].push_back(token);
+      }
+    }
+    tree_.Append(branch, tokens.data(), kMaxRows);
+  }
+
+  // Its nodes are new, and of no other branch.
+  void CheckBranchPass(Branch& branch) {
+    const Pass& pass = tree_.MakePass(branch);
+    CHECK(!pass.chained);
+    CHECK_EQ(pass.num_leaves, pass.count);
+    for (int i = 0; i < pass.count; ++i) AddNode(pass, i);
+    for (const Strand& strand : branch.strands) {
+      if (!strand.rows.empty()) CHECK_EQ(pass.head, Head(strand.context, strand.rows[0]));
+    }
+    CheckLeaves(branch);
+  }
+
+  int Head(int c, int row) const {
+    return (int(rows_[c][row].size()) - 1) % settings_.shape.transition_dim();
   }
 
   // A row's window starts at a whole transition, as late as needed.
@@ -156,8 +223,11 @@ class Walk {
     const Pass& pass = tree_.MakePass();
     for (int i = 0; i < pass.count; ++i) AddNode(pass, i);
     CHECK_EQ(pass.chained, std::find(cropped.begin(), cropped.end(), true) != cropped.end());
-    CHECK_EQ(pass.head, (int(rows_[0][0].size()) - 1) % settings_.shape.transition_dim());
-    for (int c = 0; c < NumContexts(); ++c) CheckRows(pass, c);
+    CHECK_EQ(pass.head, Head(0, 0));
+    for (const Strand& strand : tree_.all().strands) {
+      CHECK_EQ(std::set<int>(strand.rows.begin(), strand.rows.end()).size(), size_t(NumRows()));
+    }
+    CheckLeaves(tree_.all());
   }
 
   // Nodes that no row passes through may be used again.
@@ -207,10 +277,27 @@ class Walk {
     return settings_.shape.goal_len + pass.position[i];
   }
 
-  // Rows are at the leaf that stands for them, equal ones at the same.
-  void CheckRows(const Pass& pass, int c) {
+  // No leaves but those that rows are at, and these lie side by side.
+  void CheckLeaves(const Branch& branch) {
+    int num_leaves = 0;
+    for (const Strand& strand : branch.strands) {
+      int num_runs = 0, last = -1;
+      for (int row : strand.rows) {
+        const int slot = tree_.slot(strand.context, row);
+        num_runs += slot != last;
+        last = slot;
+      }
+      CHECK_EQ(CheckSlots(branch.pass, strand), num_runs);
+      num_leaves += num_runs;
+    }
+    CHECK_EQ(branch.pass.num_leaves, num_leaves);
+  }
+
+  // Rows are at the leaf that stands for them, equal ones at the same. Returns how many leaves.
+  int CheckSlots(const Pass& pass, const Strand& strand) {
+    const int c = strand.context;
     std::map<Prefix, int> slots;
-    for (int row = 0; row < NumRows(); ++row) {
+    for (int row : strand.rows) {
       const Prefix want = Expected(rows_[c][row]);
       const int slot = tree_.slot(c, row);
       CHECK(slot >= 0 && slot < pass.num_leaves);
@@ -219,13 +306,10 @@ class Walk {
       const uint32_t offset = static_cast<uint32_t>(pass.node[leaf] * model_->head_layout.stride);
       CHECK(prefixes_[c][offset] == want);
       CHECK_EQ(slots.emplace(want, slot).first->second, slot);
-      const int kept = tree_.num_tokens(c);
-      CHECK(std::equal(rows_[c][row].end() - kept, rows_[c][row].end(), tree_.tokens(c, row)));
+      CHECK(std::equal(rows_[c][row].end() - strand.num_tokens, rows_[c][row].end(),
+                       tree_.tokens(c, row)));
     }
-    num_leaves_ += static_cast<int>(slots.size());
-    if (c + 1 < NumContexts()) return;
-    CHECK_EQ(pass.num_leaves, num_leaves_);  // none but those
-    num_leaves_ = 0;
+    return static_cast<int>(slots.size());
   }
 
   const WalkSettings settings_;
@@ -236,7 +320,7 @@ class Walk {
   std::vector<int> starts_;             // of windows, by context
   std::vector<std::map<uint32_t, Prefix>> prefixes_;
   std::vector<std::vector<uint32_t>> hidden_nodes_;
-  int num_leaves_ = 0;
+  int num_branches_ = 0;
 };
 
 }  // namespace
@@ -248,6 +332,9 @@ TEST(TreeOfOneContext) {
     Walk({shape, HiddenValues(shape), 20, 2, {3}}, seed).Run(60);
     Walk({shape, HiddenValues(shape), 27, 3, {24}}, seed).Run(60);
     Walk({shape, HiddenValues(shape), 13, 2, {40}}, seed).Run(60);
+    Walk many({shape, HiddenValues(shape), 20, 8, {3}}, seed);
+    many.Run(60);
+    CHECK(many.num_branches() > 10);
   }
 }
 
@@ -291,9 +378,9 @@ TEST(TreeJoinsRowsAfterAHiddenToken) {
   tree.MakePass();
   tree.Tile(2);
   const int32_t values[] = {3, 4}, same[] = {1, 1};
-  tree.Append(values);
+  tree.Append(values, 2);
   CHECK_EQ(tree.MakePass().num_leaves, 2);
-  tree.Append(same);
+  tree.Append(same, 2);
   CHECK_EQ(tree.MakePass().num_leaves, 1);
   CHECK_EQ(tree.slot(0, 0), tree.slot(0, 1));
 }
