@@ -23,8 +23,9 @@ constexpr double kDeadlineMargin = 1.25;
 constexpr int kBranchTiles = 4;
 // Larger models' weights do not stay near themselves: they are read by all threads at once.
 constexpr size_t kMostBranchWeights = size_t{8} << 20;
-// Fewer rows are not worth a thread of their own.
-constexpr int kMinBranchRows = 6;
+// Rows of a branch before the action, where each is copied: so few would read all weights for
+// little.
+constexpr int kMinParents = 2;
 
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
@@ -115,8 +116,8 @@ bool BeamSearch::RunStep(Wave& wave, int step) {
                         .end = observation + shape.action_dim + 2,
                         .first_draw = wave.token};
   if (!SampleSegment(wave, segment)) return false;
-  if (wave.request.trace) TraceTokens(wave, segment);
   if (wave.request.value_function && !CallValueFunction(wave, step)) return false;
+  if (wave.request.trace) TraceTokens(wave, segment);
   Select(wave, step);
   return true;
 }
@@ -171,20 +172,26 @@ void BeamSearch::PrepareBeams(Wave& wave) {
   if (wave.request.value_function) probs_.resize(ProbsOf(wave, wave.count, 0, 0));
 }
 
-// Whether rows part from here on.
+// Whether rows part from token i on.
 bool BeamSearch::Split(const Wave& wave, const Segment& segment, int i) {
   if (model_->LayerBytes() > kMostBranchWeights) return false;
-  // rows may yet be dropped
-  if (fresh_ || (wave.deadline && segment.step == 0)) return false;
+  if (wave.deadline && segment.step == 0) return false;  // rows may yet be dropped
   const int times = i < segment.action ? wave.settings.n_expand : 1;
-  const int rows = times * tree_.total_rows(), threads = pool_.num_threads();
+  const int num_branches = NumBranches(times * tree_.total_rows());
+  if (num_branches < 2) return false;
+  if (times > 1 && tree_.total_rows() < kMinParents * num_branches) return false;
+  const int left = segment.end - i, after_copies = std::min(left, segment.end - segment.action);
+  return tree_.Split({.num_branches = num_branches,
+                      .num_passes = left,
+                      .nodes_per_row = left - after_copies + times * after_copies});
+}
+
+// Of so many rows: as many for each thread.
+int BeamSearch::NumBranches(int rows) const {
   const int tile = model_->bf16 ? model_->ops.bf16_tile_rows : model_->ops.tile_rows;
   const int wanted = (rows + kBranchTiles * tile - 1) / (kBranchTiles * tile);
-  const int rounds = (wanted + threads - 1) / threads;
-  const int num_branches = std::min(rounds * threads, rows / kMinBranchRows);
-  const int left = segment.end - i, with_actions = std::min(left, segment.end - segment.action);
-  return num_branches > 1 &&
-         tree_.Split(num_branches, left, left - with_actions + times * with_actions);
+  const int threads = pool_.num_threads();
+  return std::min(std::max(1, (wanted + threads / 2) / threads) * threads, rows / kMinThreadRows);
 }
 
 // Tokens from `first` on: a thread takes a branch through all of them, so that its keys and values
@@ -198,7 +205,7 @@ bool BeamSearch::SampleBranches(Wave& wave, const Segment& segment, int first) {
   }
   decoder_.ReserveBranches(most);
   std::atomic<bool> late = false;
-  std::atomic<int64_t> nodes = 0;
+  std::atomic<int64_t> nodes = 0, asked = 0;
   pool_.Run(tree_.num_branches(), [&](int b, int thread) {
     Branch& branch = tree_.branch(b);
     for (int i = first; i < segment.end; ++i) {
@@ -208,16 +215,15 @@ bool BeamSearch::SampleBranches(Wave& wave, const Segment& segment, int first) {
       const Pass& pass = tree_.MakePass(branch);
       decoder_.ForwardBranch(pass, thread);
       nodes += pass.count;
+      asked += branch.num_rows();
       DrawTokens(wave, segment, i, branch, thread);
       tree_.Append(branch, drawn_.data(), wave.settings.num_rows());
     }
   });
-  if (late) return false;
-  CheckLogits();
-  for (int i = first; i < segment.end; ++i) {
-    stats_.rows_asked += int64_t{tree_.total_rows()} * (i < segment.action ? 1 : times);
-  }
+  stats_.rows_asked += asked;
   stats_.branches += tree_.num_branches();
+  CheckLogits();
+  if (late) return false;
   tree_.Join(times);
   wave.token += segment.end - first;
   LearnSpeed(begin, double(nodes));

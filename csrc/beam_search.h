@@ -85,7 +85,7 @@ struct SearchResult {
 struct PlanStats {
   DecoderStats decoder;
   int64_t rows_asked = 0;  // tokens forwarded with a cache a beam and nothing shared
-  int64_t branches = 0;    // that rows parted into
+  int64_t branches = 0;    // that rows parted into, all of them counted
   double seconds = 0.0;
   size_t bytes = 0;  // buffers that were allocated, whether touched or not
 };
@@ -154,6 +154,7 @@ class BeamSearch {
   bool SampleSegment(Wave& wave, const Segment& segment);
   bool SampleToken(Wave& wave, const Segment& segment, int i);
   bool Split(const Wave& wave, const Segment& segment, int i);
+  int NumBranches(int rows) const;
   bool SampleBranches(Wave& wave, const Segment& segment, int first);
   void LearnSpeed(Clock::time_point begin, double nodes);
   void PrepareBeams(Wave& wave);

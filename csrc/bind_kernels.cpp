@@ -68,7 +68,7 @@ Floats RunGemm(const Floats& x, const Floats& weight, const Floats& bias, const 
   if (Cols(weight) != k) Refuse("weight", "(n, " + Text(k) + ")", ShapeText(weight));
   if (bias.ndim() != 1 || bias.shape(0) != n) Refuse("bias", Text(n) + " numbers", ShapeText(bias));
   const int padded_k = RoundUp(k, kPad), padded_n = RoundUp(n, kPad);
-  const NumberType type = IsBf16(dtype) ? ops.bf16_weights : NumberType::kFloat32;
+  const NumberType type = WeightType(ops, IsBf16(dtype));
   PackedMatrix packed(padded_k, padded_n, ops.panel_width, type);
   for (int col = 0; col < n; ++col) {
     for (int i = 0; i < k; ++i) packed.Set(i, col, weight.at(col, i));

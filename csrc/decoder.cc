@@ -26,8 +26,6 @@ int SharedPath(const Pass& pass, int row) {
   return static_cast<int>(std::mismatch(path, path + len, last).first - path);
 }
 
-// Fewer rows are not worth a thread of their own.
-constexpr int kMinRows = 6;
 // Rows whose hidden numbers of the MLP stay near from step to step. Smaller blocks read the weights
 // more often, so this is for products so fast that memory counts for more.
 constexpr int kNearRows = 36;
@@ -119,8 +117,8 @@ template <typename F>
 void Decoder::ForRows(int begin, int end, F&& f) {
   const int rows = end - begin, threads = pool_.num_threads();
   const int full = threads * ((rows + threads * kMaxRows - 1) / (threads * kMaxRows));
-  const int num_chunks =
-      std::max((rows + kMaxRows - 1) / kMaxRows, std::min(full, (rows + kMinRows - 1) / kMinRows));
+  const int num_chunks = std::max((rows + kMaxRows - 1) / kMaxRows,
+                                  std::min(full, (rows + kMinThreadRows - 1) / kMinThreadRows));
   pool_.Run(num_chunks, [&](int chunk, int thread) {
     f(Chunk{all_, begin + BeginOfPart(rows, chunk, num_chunks),
             begin + BeginOfPart(rows, chunk + 1, num_chunks), scratch_[thread]});

@@ -14,11 +14,16 @@
 
 namespace tt {
 
+// Fewer rows are not worth a thread of their own.
+inline constexpr int kMinThreadRows = 6;
+
 // What passes have cost so far. Seconds are summed over threads.
 struct DecoderStats {
   int64_t decoded_nodes = 0;    // newest tokens
   int64_t reencoded_nodes = 0;  // nodes of cropped windows, their leaves included
-  double gemm_flops = 0.0;      // of the model's own sizes, padding not counted
+  // Of the model's own sizes, padding not counted. What the first layer projects is counted when it
+  // is, which several threads may do at once.
+  double gemm_flops = 0.0;
   double attention_flops = 0.0;
   double gemm_seconds = 0.0;
   double attention_seconds = 0.0;
@@ -76,8 +81,8 @@ class Decoder {
     AlignedBuffer<float> scores;      // (kScoreRows, AttendArgs::scores_size)
     AlignedBuffer<uint32_t> fresh;    // (kMaxRows * longest path) AttendArgs::fresh
     AlignedBuffer<float> inputs;      // (wider of these two) as Ops::gemm takes it, if rounded
-    std::vector<const float*> first;  // (1) rows of FirstLayer
-    std::vector<int32_t> missing;     // rows that were not found there
+    std::vector<const float*> first;  // (1) the first layer's rows, in FirstLayer or in `hidden`
+    std::vector<int32_t> missing;     // rows that were not found
     Activations branch;
     DecoderStats stats;
   };

@@ -15,17 +15,13 @@ FirstLayer::FirstLayer(const Model& model, size_t max_bytes)
       entries_(new Entry[mask_ + 1]) {}
 
 const float* FirstLayer::Find(int64_t placed) const {
-  for (const Entry* entry = &First(placed);; entry = &Next(*entry)) {
-    const int64_t other = entry->placed.load(std::memory_order_relaxed);
-    if (other == placed) return entry->row.load(std::memory_order_acquire);
-    if (other == kEmpty) return nullptr;
-  }
+  const Entry* entry = Lookup(placed);
+  return entry != nullptr ? entry->row.load(std::memory_order_acquire) : nullptr;
 }
 
 // A row is taken before its entry, so that there are never more entries than rows.
 void FirstLayer::Add(int64_t placed, const float* row) {
-  if (Find(placed) != nullptr) return;
-  if (num_taken_.load(std::memory_order_relaxed) > capacity_) return;
+  if (num_taken_.load(std::memory_order_relaxed) > capacity_ || Lookup(placed)) return;
   const size_t taken = num_taken_.fetch_add(1, std::memory_order_relaxed);
   if (taken >= capacity_) return;
   for (Entry* entry = &First(placed);; entry = &Next(*entry)) {
@@ -41,12 +37,21 @@ void FirstLayer::Add(int64_t placed, const float* row) {
 }
 
 void FirstLayer::MakeRoom() {
-  if (num_taken_ <= capacity_) return;
+  if (num_taken_.load(std::memory_order_relaxed) <= capacity_) return;
   for (size_t i = 0; i <= mask_; ++i) {
-    entries_[i].placed = kEmpty;
-    entries_[i].row = nullptr;
+    entries_[i].placed.store(kEmpty, std::memory_order_relaxed);
+    entries_[i].row.store(nullptr, std::memory_order_relaxed);
   }
-  num_taken_ = 0;
+  num_taken_.store(0, std::memory_order_relaxed);
+}
+
+// Its entry, whose row may still be on its way; or nullptr.
+const FirstLayer::Entry* FirstLayer::Lookup(int64_t placed) const {
+  for (const Entry* entry = &First(placed);; entry = &Next(*entry)) {
+    const int64_t other = entry->placed.load(std::memory_order_relaxed);
+    if (other == placed) return entry;
+    if (other == kEmpty) return nullptr;
+  }
 }
 
 FirstLayer::Entry& FirstLayer::First(int64_t placed) const {

@@ -41,6 +41,7 @@ class FirstLayer {
     std::atomic<const float*> row{nullptr};  // once it is copied
   };
 
+  const Entry* Lookup(int64_t placed) const;
   Entry& First(int64_t placed) const;
   Entry& Next(const Entry& entry) const;
 
@@ -48,8 +49,8 @@ class FirstLayer {
   const size_t capacity_;
   const size_t mask_;
   AlignedBuffer<float> rows_;  // (capacity, width)
-  std::unique_ptr<Entry[]>
-      entries_;  // more than twice as many, a power of two; neighbours if taken
+  // More than twice as many, a power of two. What finds its entry taken goes to the next one.
+  std::unique_ptr<Entry[]> entries_;
   std::atomic<size_t> num_taken_{0};  // of the rows; past the capacity: there was no room
 };
 

@@ -30,7 +30,7 @@ class Packer {
         head_layout_(model.head_layout),
         weights_(weights),
         panel_width_(model.ops.panel_width),
-        type_(model.bf16 ? model.ops.bf16_weights : NumberType::kFloat32) {}
+        type_(WeightType(model.ops, model.bf16)) {}
 
   AlignedBuffer<float> Vector(const std::string& name) const {
     return Padded(weights_.Get(name, shape_.embed_dim), 1, shape_.embed_dim, shape_.width());

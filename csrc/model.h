@@ -62,6 +62,11 @@ struct HeadLayout {
   int Column(int head, int i) const;
 };
 
+// What a model's weights are packed as; afterwards they may become kFp16.
+inline NumberType WeightType(const Ops& ops, bool bf16) {
+  return bf16 ? ops.bf16_weights : NumberType::kFloat32;
+}
+
 // A weight matrix in the layout of MatrixView.
 class PackedMatrix {
  public:

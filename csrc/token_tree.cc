@@ -310,40 +310,22 @@ void TokenTree::FreeDeadNodes(Strand& strand) {
 
 // ---- branches ----
 
-bool TokenTree::Split(int num_branches, int num_passes, int nodes_per_row) {
+bool TokenTree::Split(const SplitLimits& limits) {
   for (const Strand& strand : all_.strands) {
-    const int last = strand.num_tokens + num_passes - 1;
+    const int last = strand.num_tokens + limits.num_passes - 1;
     if (WindowStart(last) != contexts_[strand.context].start) return false;
     // rows that differ in a hidden token only will be one again
     if (hidden_[NewestIndex(strand)]) return false;
   }
-  if (HasLargeLeaf(total_rows() / num_branches)) return false;
-  ShareOut(num_branches, nodes_per_row);
+  if (!ShareOut(limits.num_branches)) return false;
+  for (int i = 0; i < num_branches_; ++i) Provide(branches_[i], limits.nodes_per_row);
   return true;
 }
 
-// Leaves are the nodes that the next pass would add.
-bool TokenTree::HasLargeLeaf(int most_rows) {
-  for (Strand& strand : all_.strands) {
-    SortByNewest(all_, strand);
-    for (size_t begin = 0, end; begin < strand.rows.size(); begin = end) {
-      end = EndOfLeaf(begin);
-      if (static_cast<int>(end - begin) > most_rows) return true;
-    }
-  }
-  return false;
-}
-
-// Of the leaf that begins there in all_.newest.
-size_t TokenTree::EndOfLeaf(size_t begin) const {
-  size_t end = begin + 1;
-  while (end < all_.newest.size() && all_.newest[end].first == all_.newest[begin].first) ++end;
-  return end;
-}
-
-// Leaf after leaf; each goes where its middle is, if branches are even shares of all rows.
-void TokenTree::ShareOut(int num_branches, int nodes_per_row) {
-  int share = -1;
+// Leaf after leaf of the next pass: each goes where its middle is, if branches are even shares of
+// all rows. False if a leaf is more than a share.
+bool TokenTree::ShareOut(int num_branches) {
+  int last_share = -1;
   int64_t before = 0;  // rows
   num_branches_ = 0;
   for (Strand& strand : all_.strands) {
@@ -351,16 +333,27 @@ void TokenTree::ShareOut(int num_branches, int nodes_per_row) {
     for (size_t begin = 0, end; begin < strand.rows.size(); begin = end) {
       end = EndOfLeaf(begin);
       const int64_t count = static_cast<int64_t>(end - begin);
-      const auto of_leaf =
+      if (count * num_branches > total_rows()) {
+        num_branches_ = 0;
+        return false;
+      }
+      const auto share =
           static_cast<int>((2 * before + count) * num_branches / (2 * int64_t{total_rows()}));
-      if (of_leaf > share) AddBranch();
-      share = of_leaf;
+      if (share > last_share) AddBranch();
+      last_share = share;
       before += count;
       auto& rows = branches_[num_branches_ - 1].strands[strand.context].rows;
       rows.insert(rows.end(), strand.rows.begin() + begin, strand.rows.begin() + end);
     }
   }
-  for (int i = 0; i < num_branches_; ++i) Provide(branches_[i], nodes_per_row);
+  return true;
+}
+
+// Where the leaf ends that begins there in all_.newest.
+size_t TokenTree::EndOfLeaf(size_t begin) const {
+  size_t end = begin + 1;
+  while (end < all_.newest.size() && all_.newest[end].first == all_.newest[begin].first) ++end;
+  return end;
 }
 
 // An empty one.

@@ -37,7 +37,7 @@ struct Strand {
   int context = 0;
   int num_tokens = 0;  // of a row
   int path_len = 0;
-  std::vector<int32_t> rows;   // those at the same leaf of the last pass side by side
+  std::vector<int32_t> rows;   // after a pass, those at the same leaf side by side
   std::vector<int32_t> nodes;  // that are on no path, the next one to be taken last
 };
 
@@ -57,6 +57,12 @@ struct TreeLimits {
   int max_len = 1;     // most tokens of a window, a goal's not counted
   int max_tokens = 1;  // most tokens of a sequence
   int max_nodes = 1;   // a context, between two crops
+};
+
+struct SplitLimits {
+  int num_branches = 1;   // fewer if rows are alike; none has more than two shares of the rows
+  int num_passes = 1;     // most, before branches are joined
+  int nodes_per_row = 1;  // most that these passes add, for each of the rows that there are now
 };
 
 class TokenTree {
@@ -80,10 +86,10 @@ class TokenTree {
   // Nodes for the newest tokens; where a window was cropped, for all of it.
   const Pass& MakePass();
 
-  // Parts rows into about so many branches that no node to come will be shared by, all of some
-  // size, for passes over so many tokens more, with so many new nodes a row in all. False if rows
-  // are too much alike, or if windows will be cropped before.
-  bool Split(int num_branches, int num_passes, int nodes_per_row);
+  // Shares all rows out to branches that will have no new node in common. False, and nothing has
+  // changed, if a window will be cropped on the way, or if rows have not parted enough: the newest
+  // token is hidden, or a share of the rows, or more, has the same one after the same prefix.
+  bool Split(const SplitLimits& limits);
   const Branch& all() const { return all_; }
   int num_branches() const { return num_branches_; }
   Branch& branch(int i) { return branches_[i]; }
@@ -100,7 +106,6 @@ class TokenTree {
   int max_total_nodes() const { return limits_.num_contexts * limits_.max_nodes; }
   // Which leaf of the last pass a row's newest token is.
   int slot(int context, int row) const { return slots_[RowIndex(context, row)]; }
-  int num_slots() const { return all_.pass.num_leaves; }
   // Tokens of a context's window, a goal's included.
   int window_len(int context) const {
     return model_.shape.goal_len + num_tokens(context) - WindowStart(num_tokens(context));
@@ -151,9 +156,8 @@ class TokenTree {
   void AddNode(Pass& pass, Strand& strand, int row, int window_idx, int path_idx);
   void AddLeaf(Pass& pass, Strand& strand, int row, int window_idx, int path_idx);
 
-  bool HasLargeLeaf(int most_rows);
+  bool ShareOut(int num_branches);
   size_t EndOfLeaf(size_t begin) const;
-  void ShareOut(int num_branches, int nodes_per_row);
   void AddBranch();
   void Provide(Branch& branch, int nodes_per_row);
 

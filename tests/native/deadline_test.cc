@@ -1,6 +1,10 @@
 // Plans that must end in time. What is checked holds at any speed.
 #include <algorithm>
 #include <cmath>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
 
 #include "beam_search.h"
 #include "check.h"
@@ -57,6 +61,71 @@ TEST(DeadlinesLeaveAtLeastOneStep) {
       if (seconds == 1e3) CHECK_EQ(plan.steps, settings.horizon);
     }
   }
+}
+
+// A plan that is cut short, within a branch, too, is the plan of the steps that were made.
+TEST(DeadlinesLeaveNoHalfStep) {
+  const Shape shape = SmallShapes()[0];
+  const PlanSettings settings = DeadlineSettings(shape);
+  const PlanRequest whole = OneOf(MakeRequest(shape, false), 3);
+  PlanRequest cut = whole;
+  BeamSearch search = MakeSearch(shape, FindOps("auto"), false, 2);
+  search.Plan(settings, whole);
+  const double seconds = search.stats().seconds;
+  // of the plan so far, but for the first step, which has none if there is a deadline
+  const auto branches_of = [&](int horizon) {
+    PlanSettings part = settings;
+    part.horizon = horizon;
+    search.ResetStats();
+    search.Plan(part, whole);
+    return search.stats().branches;
+  };
+  int num_cut = 0, num_late = 0;
+  for (int i = 0; i < 300 && (num_cut < 20 || num_late < 3); ++i) {
+    cut.deadline_seconds = seconds * (1 + i % 10) / 10.0;
+    search.ResetStats();
+    const PlanResult got = search.Plan(settings, cut)[0];
+    const int64_t branches = search.stats().branches;
+    if (got.num_beams < settings.beam_width) continue;
+    num_cut += got.steps < settings.horizon;
+    num_late += branches > branches_of(got.steps) - branches_of(1);
+    PlanSettings part = settings;
+    part.horizon = got.steps;
+    const PlanResult want = search.Plan(part, whole)[0];
+    CHECK(got.tokens == want.tokens && got.rewards == want.rewards && got.values == want.values);
+    CHECK_EQ(got.score, want.score);
+  }
+  CHECK(num_cut > 0 && num_late > 0);
+}
+
+// What an abandoned step met, logits that are not finite, is not the next plan's.
+TEST(DeadlinesForgetWhatTheyAbandon) {
+  const Shape shape = SmallShapes()[0];
+  PlanSettings settings = DeadlineSettings(shape);
+  PlanRequest request = OneOf(MakeRequest(shape, false), 0);
+  for (int32_t& token : request.contexts[0]) token = 1;
+  const EditedWeights weights([&](const std::string& name, std::vector<float>& values) {
+    if (name != "tok_emb.weight") return;
+    for (int i = 0; i < shape.vocab_size * shape.embed_dim; ++i) {  // an observation's first token
+      if (i / shape.embed_dim != 1) values[i] = INFINITY;           // but for the context's
+    }
+  });
+  const auto model = std::make_shared<Model>(shape, weights, FindOps("auto"), false);
+  BeamSearch search(model, HiddenValues(shape), 2);
+  int num_refused = 0;
+  for (int i = 0; i < 500; ++i) {
+    settings.horizon = 30;
+    request.deadline_seconds = 2e-5 * (1 + i);
+    try {
+      search.Plan(settings, request);
+    } catch (const std::invalid_argument&) {
+      ++num_refused;
+    }
+    settings.horizon = 1;  // none of its tokens is the first one of an observation
+    request.deadline_seconds.reset();
+    CHECK_EQ(search.Plan(settings, request)[0].steps, 1);
+  }
+  CHECK(num_refused > 0);
 }
 
 // Fewer candidates are the first ones of the plan without a deadline, in each context.

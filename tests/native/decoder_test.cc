@@ -141,7 +141,7 @@ TEST(IncrementalLogitsEqualFreshOnes) {
 
 // By several threads at once, each with branches of its own, whose rows part further.
 TEST(LogitsOfBranches) {
-  constexpr int kRows = 12, kTimes = 9, kPasses = 4;
+  constexpr int kRows = 12, kTimes = 20, kPasses = 6;
   for (const Ops* ops : TestedOps()) {
     for (const bool bf16 : {false, true}) {
       const Context context(Text(ops->name, bf16 ? "bf16" : "fp32"));
@@ -152,7 +152,7 @@ TEST(LogitsOfBranches) {
                      .max_rows = kRows * kTimes,
                      .max_len = shape.block_size(),
                      .max_tokens = shape.block_size(),
-                     .max_nodes = 999},
+                     .max_nodes = 3999},
                     3);
       Random random(5);
       const auto draw = [&] { return random.Tokens(2 * kRows * kTimes, shape.num_ids()); };
@@ -160,18 +160,21 @@ TEST(LogitsOfBranches) {
       engine.decoder.Forward(engine.tree.MakePass());
       engine.tree.Tile(kRows);
       engine.tree.Append(draw().data(), kRows * kTimes);
-      CHECK(engine.tree.Split(4, kPasses, kTimes * kPasses));
+      CHECK(engine.tree.Split({4, kPasses, kTimes * kPasses}));
       engine.decoder.ReserveBranches(2 * kRows * kTimes);
       std::vector<Row> tokens;
       for (int i = 0; i < kPasses; ++i) tokens.push_back(draw());
       std::mutex mutex;
+      int most_nodes = 0;                                    // of a pass: more than a chunk has
       std::vector<std::pair<Row, std::vector<float>>> seen;  // tokens and their logits
       engine.pool.Run(engine.tree.num_branches(), [&](int b, int thread) {
         Branch& branch = engine.tree.branch(b);
         for (int i = 0; i < kPasses; ++i) {
           if (i == 2) engine.tree.Tile(branch, kTimes);
-          engine.decoder.ForwardBranch(engine.tree.MakePass(branch), thread);
+          const Pass& pass = engine.tree.MakePass(branch);
+          engine.decoder.ForwardBranch(pass, thread);
           const std::lock_guard lock(mutex);
+          most_nodes = std::max(most_nodes, pass.count);
           for (const Strand& strand : branch.strands) {
             for (int row : strand.rows) {
               const int32_t* of_row = engine.tree.tokens(strand.context, row);
@@ -184,8 +187,8 @@ TEST(LogitsOfBranches) {
           engine.tree.Append(branch, tokens[i].data(), kRows * kTimes);
         }
       });
-      CHECK_EQ(seen.size(), size_t(2 * kRows * (2 + 2 * kTimes)));
-      CHECK(engine.tree.num_branches() > 2);
+      CHECK_EQ(seen.size(), size_t(2 * kRows * (2 + 4 * kTimes)));
+      CHECK(engine.tree.num_branches() > 2 && most_nodes > kMaxRows);
       const FreshEncoder fresh(*model, shape.block_size());
       for (const auto& [row, logits] : seen) CHECK(logits == fresh.Logits({}, row));
     }

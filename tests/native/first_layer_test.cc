@@ -102,30 +102,36 @@ TEST(FirstLayerOfManyPlacedTokens) {
   }
 }
 
-// What a thread finds is whole, and where there is room every row is found in the end.
+// What a thread finds is whole, also of a table that was forgotten before; where there is room
+// every row is found in the end.
 TEST(FirstLayerOfManyThreads) {
   constexpr int kThreads = 4, kPlaced = 40;
   const auto model = MakeModel(SmallShapes()[0], *ScalarOps());
   ThreadPool pool(kThreads);
-  for (int room : {kPlaced / 2, kThreads * kPlaced}) {
-    const Context context(Text("room", room));
-    for (int round = 0; round < 50; ++round) {
-      FirstLayer first(*model, room * RowBytes(*model));
-      std::atomic<int> wrong = 0;
-      pool.Run(kThreads, [&](int task, int) {
-        for (int i = 0; i < 4 * kPlaced; ++i) {
-          const int placed = (i + task * kPlaced / kThreads) % kPlaced;
-          if (const float* row = first.Find(placed)) {
-            wrong += !IsRowOf(row, *model, placed);
-          } else {
-            first.Add(placed, RowOf(*model, placed).data());
-          }
+  const auto fill = [&](FirstLayer& first, int begin) {
+    std::atomic<int> wrong = 0;
+    pool.Run(kThreads, [&](int task, int) {
+      for (int i = 0; i < 4 * kPlaced; ++i) {
+        const int placed = begin + (i + task * kPlaced / kThreads) % kPlaced;
+        if (const float* row = first.Find(placed)) {
+          wrong += !IsRowOf(row, *model, placed);
+        } else {
+          first.Add(placed, RowOf(*model, placed).data());
         }
-      });
-      CHECK_EQ(wrong.load(), 0);
-      for (int placed = 0; placed < kPlaced && room > kPlaced; ++placed) {
-        CHECK(IsRowOf(first.Find(placed), *model, placed));
       }
+    });
+    CHECK_EQ(wrong.load(), 0);
+  };
+  FirstLayer small(*model, kPlaced / 2 * RowBytes(*model));
+  for (int round = 0; round < 50; ++round) {
+    fill(small, round * kPlaced / 4);
+    small.MakeRoom();
+  }
+  for (int round = 0; round < 50; ++round) {
+    FirstLayer large(*model, kThreads * kPlaced * RowBytes(*model));
+    fill(large, 0);
+    for (int placed = 0; placed < kPlaced; ++placed) {
+      CHECK(IsRowOf(large.Find(placed), *model, placed));
     }
   }
 }

@@ -122,12 +122,14 @@ class Walk {
   void RunBranches() {
     const int num_passes = 1 + random_.Below(4), times = 1 + random_.Below(kMaxRows / NumRows());
     const int tile_at = random_.Below(num_passes);
-    if (!tree_.Split(2 + random_.Below(4), num_passes, times * num_passes)) return;
-    const int num_rows = NumRows();
+    const int most = 2 + random_.Below(4), num_rows = NumRows();
+    if (!tree_.Split({most, num_passes, times * num_passes})) return CheckUnsplit();
+    CHECK(tree_.num_branches() > 1 && tree_.num_branches() <= most);
     for (auto& rows : rows_) rows.resize(times * num_rows);
     std::set<std::pair<int, int>> seen;
     for (int b = 0; b < tree_.num_branches(); ++b) {
       Branch& branch = tree_.branch(b);
+      CHECK_LE(branch.num_rows() * most, 2 * NumContexts() * num_rows);
       for (const Strand& strand : branch.strands) {
         for (int row : strand.rows) CHECK(seen.emplace(strand.context, row).second);
       }
@@ -140,6 +142,12 @@ class Walk {
     CHECK_EQ(seen.size(), size_t(NumContexts()) * num_rows);
     num_branches_ += tree_.num_branches();
     tree_.Join(times);
+  }
+
+  // All rows are together yet.
+  void CheckUnsplit() {
+    CHECK_EQ(tree_.num_branches(), 0);
+    CHECK_EQ(tree_.all().num_rows(), NumContexts() * NumRows());
   }
 
   void TileBranch(Branch& branch, int times) {
@@ -364,6 +372,35 @@ TEST(TreeWithOtherHiddenTokens) {
     std::vector<uint8_t> hidden(shape.block_size());
     for (size_t i = 1; i < hidden.size(); ++i) hidden[i] = random.Below(3) == 0;
     Walk({shape, hidden, 20, 2, {1, 8}}, seed).Run(50);
+  }
+}
+
+// Nodes that branches leave over can be used again: there are enough for the nodes there may be.
+TEST(TreeGetsNodesBackFromBranches) {
+  const Shape shape = SmallShapes()[0];
+  const auto model = MakeModel(shape, *ScalarOps());
+  constexpr int kRows = 8, kPasses = 3;
+  TokenTree tree(*model, std::vector<uint8_t>(shape.block_size()));
+  tree.Reserve({.num_contexts = 1,
+                .max_rows = kRows,
+                .max_len = shape.block_size(),
+                .max_tokens = shape.block_size(),
+                .max_nodes = 1 + 4 * kRows * kPasses});
+  tree.Begin({{0}}, {});
+  tree.MakePass();
+  tree.Tile(kRows);
+  const int32_t tokens[] = {0, 1, 2, 3, 0, 1, 2, 3};  // half of the nodes that each pass may add
+  for (int i = 0; i < 5; ++i) {
+    tree.Append(tokens, kRows);
+    CHECK(tree.Split({2, kPasses, kPasses}));
+    for (int b = 0; b < 2; ++b) {
+      for (int pass = 0; pass < kPasses; ++pass) {
+        CHECK_EQ(tree.MakePass(tree.branch(b)).count, 2);
+        tree.Append(tree.branch(b), tokens, kRows);
+      }
+    }
+    tree.Join(1);
+    CHECK_EQ(tree.MakePass().count, 4);
   }
 }
 
