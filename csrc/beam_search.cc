@@ -19,8 +19,10 @@ constexpr double kWaveBytes = 128e6;
 constexpr double kDeadlineMargin = 1.25;
 
 // A branch has rows for so many tiles of products: fewer would read the weights too often, and more
-// have keys and values that do not stay near.
-constexpr int kBranchTiles = 4;
+// have keys and values that do not stay near. In between, as many as rows whose windows have this
+// many bytes of them in all.
+constexpr int kMinTiles = 2, kMaxTiles = 4;
+constexpr double kTilesBytes = 2 << 20;
 // Larger models' weights do not stay near themselves: they are read by all threads at once.
 constexpr size_t kMostBranchWeights = size_t{8} << 20;
 // Rows of a branch before the action, where each is copied: so few would read all weights for
@@ -188,8 +190,12 @@ bool BeamSearch::Split(const Wave& wave, const Segment& segment, int i) {
 
 // Of so many rows: as many for each thread.
 int BeamSearch::NumBranches(int rows) const {
-  const int tile = model_->bf16 ? model_->ops.bf16_tile_rows : model_->ops.tile_rows;
-  const int wanted = (rows + kBranchTiles * tile - 1) / (kBranchTiles * tile);
+  int window = 1;  // the longest one
+  for (int c = 0; c < tree_.num_contexts(); ++c) window = std::max(window, tree_.window_len(c));
+  const int tiles =
+      std::clamp(static_cast<int>(kTilesBytes / (NodeBytes() * window)), kMinTiles, kMaxTiles);
+  const int tile_rows = model_->bf16 ? model_->ops.bf16_tile_rows : model_->ops.tile_rows;
+  const int wanted = (rows + tiles * tile_rows - 1) / (tiles * tile_rows);
   const int threads = pool_.num_threads();
   return std::min(std::max(1, (wanted + threads / 2) / threads) * threads, rows / kMinThreadRows);
 }
