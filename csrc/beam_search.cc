@@ -151,13 +151,14 @@ bool BeamSearch::SampleToken(Wave& wave, const Segment& segment, int i) {
   tree_.Append(drawn_.data(), wave.settings.num_rows());
   fresh_ = false;
   ++wave.token;
-  if (nodes > 0) LearnSpeed(begin, nodes);
+  if (nodes > 0) LearnSpeed(begin, nodes, 1);
   return true;
 }
 
-void BeamSearch::LearnSpeed(Clock::time_point begin, double nodes) {
+// From so many passes since then: a running mean, of which every pass is a tenth.
+void BeamSearch::LearnSpeed(Clock::time_point begin, double nodes, int num_passes) {
   const double seconds = std::chrono::duration<double>(Clock::now() - begin).count();
-  const double weight = seconds_per_node_ > 0.0 ? 0.1 : 1.0;
+  const double weight = seconds_per_node_ > 0.0 ? 1.0 - std::pow(0.9, num_passes) : 1.0;
   seconds_per_node_ += weight * (seconds / nodes - seconds_per_node_);
 }
 
@@ -232,7 +233,7 @@ bool BeamSearch::SampleBranches(Wave& wave, const Segment& segment, int first) {
   if (late) return false;
   tree_.Join(times);
   wave.token += segment.end - first;
-  LearnSpeed(begin, double(nodes));
+  LearnSpeed(begin, double(nodes), segment.end - first);
   return true;
 }
 

@@ -156,7 +156,7 @@ class BeamSearch {
   bool Split(const Wave& wave, const Segment& segment, int i);
   int NumBranches(int rows) const;
   bool SampleBranches(Wave& wave, const Segment& segment, int first);
-  void LearnSpeed(Clock::time_point begin, double nodes);
+  void LearnSpeed(Clock::time_point begin, double nodes, int num_passes);
   void PrepareBeams(Wave& wave);
   void DrawTokens(Wave& wave, const Segment& segment, int i);
   void DrawTokens(Wave& wave, const Segment& segment, int i, const Branch& branch, int thread);
