@@ -18,11 +18,11 @@ constexpr double kWaveBytes = 128e6;
 // A pass may take somewhat longer than the last ones did.
 constexpr double kDeadlineMargin = 1.25;
 
-// A branch has rows for so many tiles of products: fewer would read the weights too often, and more
-// have keys and values that do not stay near. In between, as many as rows whose windows have this
-// many bytes of them in all.
-constexpr int kMinTiles = 2, kMaxTiles = 4;
-constexpr double kTilesBytes = 2 << 20;
+// Keys and values of a branch may be this part of the third cache, if none were shared: others use
+// it, too.
+constexpr double kBranchShare = 1.0 / 3.0;
+// A branch has rows for so many tiles of products at least: fewer would read the weights too often.
+constexpr int kMinTiles = 2;
 // Larger models' weights do not stay near themselves: they are read by all threads at once.
 constexpr size_t kMostBranchWeights = size_t{8} << 20;
 // Rows of a branch before the action, where each is copied: so few would read all weights for
@@ -54,9 +54,10 @@ std::string Megabytes(double bytes) { return std::to_string(std::llround(bytes /
 }  // namespace
 
 BeamSearch::BeamSearch(std::shared_ptr<const Model> model, std::vector<uint8_t> hidden,
-                       int num_threads, double max_bytes)
+                       int num_threads, double max_bytes, size_t near_bytes)
     : model_(std::move(model)),
       max_bytes_(max_bytes),
+      near_bytes_(static_cast<double>(near_bytes)),
       pool_(num_threads),
       tree_(*model_, hidden),
       decoder_(*model_, pool_) {
@@ -193,11 +194,10 @@ bool BeamSearch::Split(const Wave& wave, const Segment& segment, int i) {
 int BeamSearch::NumBranches(int rows) const {
   int window = 1;  // the longest one
   for (int c = 0; c < tree_.num_contexts(); ++c) window = std::max(window, tree_.window_len(c));
-  const int tiles =
-      std::clamp(static_cast<int>(kTilesBytes / (NodeBytes() * window)), kMinTiles, kMaxTiles);
-  const int tile_rows = model_->bf16 ? model_->ops.bf16_tile_rows : model_->ops.tile_rows;
-  const int wanted = (rows + tiles * tile_rows - 1) / (tiles * tile_rows);
-  const int threads = pool_.num_threads();
+  const double near = kBranchShare * near_bytes_ / (NodeBytes() * window);
+  const int tile = model_->bf16 ? model_->ops.bf16_tile_rows : model_->ops.tile_rows;
+  const double size = std::max(near, double{kMinTiles} * tile);
+  const int wanted = static_cast<int>(std::ceil(rows / size)), threads = pool_.num_threads();
   return std::min(std::max(1, (wanted + threads / 2) / threads) * threads, rows / kMinThreadRows);
 }
 

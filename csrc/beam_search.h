@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "decoder.h"
+#include "isa.h"
 #include "model.h"
 #include "sampler.h"
 #include "thread_pool.h"
@@ -93,9 +94,11 @@ struct PlanStats {
 // One model's planner; calls must not overlap.
 class BeamSearch {
  public:
-  // max_bytes: what may be used at once; a search that may need more is refused.
+  // max_bytes: what may be used at once; a search that may need more is refused. near_bytes: of the
+  // cache that threads' keys and values should stay in; it changes no plan.
   BeamSearch(std::shared_ptr<const Model> model, std::vector<uint8_t> hidden, int num_threads,
-             double max_bytes = std::numeric_limits<double>::infinity());
+             double max_bytes = std::numeric_limits<double>::infinity(),
+             size_t near_bytes = ThirdCacheBytes());
 
   std::vector<PlanResult> Plan(const PlanSettings& settings, const PlanRequest& request);
   SearchResult Search(const SearchRequest& request);
@@ -184,7 +187,7 @@ class BeamSearch {
   void Reserve(const TreeLimits& limits);
 
   std::shared_ptr<const Model> model_;
-  const double max_bytes_;
+  const double max_bytes_, near_bytes_;
   ThreadPool pool_;
   TokenTree tree_;
   Decoder decoder_;

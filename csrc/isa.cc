@@ -1,5 +1,6 @@
 #include "isa.h"
 
+#include <fstream>
 #include <stdexcept>
 
 #if defined(__x86_64__)
@@ -86,6 +87,14 @@ const Ops& FindOps(const std::string& name) {
     names += std::string(", ") + ops->name;
   }
   throw std::invalid_argument("isa: expected one of " + names + ", got " + name);
+}
+
+// Linux's own file: sysconf adds up all of AMD's, of which a processor uses one.
+size_t ThirdCacheBytes() {
+  std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index3/size");
+  size_t kilobytes = 0;  // "32768K"
+  if (file >> kilobytes && kilobytes > 0) return kilobytes << 10;
+  return size_t{32} << 20;
 }
 
 }  // namespace tt

@@ -3,6 +3,8 @@
 #define TT_TESTS_PLAN_CASES_H_
 
 #include <algorithm>
+#include <cstddef>
+#include <limits>
 #include <vector>
 
 #include "beam_search.h"
@@ -67,9 +69,11 @@ inline PlanRequest OneOf(const PlanRequest& all, size_t i) {
   return one;
 }
 
+// Branches are as small as they may be, unless there is a near cache for larger ones.
 inline BeamSearch MakeSearch(const Shape& shape, const Ops& ops, bool bf16, int num_threads,
-                             double scale = 0.4) {
-  return BeamSearch(MakeModel(shape, ops, bf16, 0, scale), HiddenValues(shape), num_threads);
+                             double scale = 0.4, size_t near_bytes = 0) {
+  return BeamSearch(MakeModel(shape, ops, bf16, 0, scale), HiddenValues(shape), num_threads,
+                    std::numeric_limits<double>::infinity(), near_bytes);
 }
 
 }  // namespace tt::test

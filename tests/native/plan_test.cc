@@ -270,19 +270,27 @@ TEST(StatsCount) {
   CHECK_EQ(search.stats().branches, 0);
 }
 
-// Counts are of rows, however these part.
-TEST(StatsDoNotDependOnThreads) {
+// Counts are of rows, however these part, or do not.
+TEST(StatsDoNotDependOnBranches) {
   const Shape shape = SmallShapes()[2];
   const PlanSettings settings = MakeSettings(shape);
-  BeamSearch one = MakeSearch(shape, FindOps("auto"), false, 1);
-  BeamSearch many = MakeSearch(shape, FindOps("auto"), false, 5);
-  for (BeamSearch* search : {&one, &many}) search->Plan(settings, MakeRequest(shape, false));
-  const PlanStats got = many.stats(), want = one.stats();
-  CHECK(got.branches > 0);
-  CHECK_EQ(got.rows_asked, want.rows_asked);
-  CHECK_EQ(got.decoder.decoded_nodes, want.decoder.decoded_nodes);
-  CHECK_EQ(got.decoder.reencoded_nodes, want.decoder.reencoded_nodes);
-  CHECK_EQ(got.decoder.attention_flops, want.decoder.attention_flops);
+  const auto stats_of = [&](int num_threads, size_t near_bytes) {
+    BeamSearch search = MakeSearch(shape, *ScalarOps(), false, num_threads, 0.4, near_bytes);
+    search.Plan(settings, MakeRequest(shape, false));
+    return search.stats();
+  };
+  const PlanStats want = stats_of(1, size_t{1} << 30);
+  CHECK_EQ(want.branches, 0);
+  int64_t last = 0;
+  for (size_t near_bytes : {size_t{1} << 30, size_t{0}}) {
+    const PlanStats got = stats_of(2, near_bytes);
+    CHECK(got.branches > last);
+    last = got.branches;
+    CHECK_EQ(got.rows_asked, want.rows_asked);
+    CHECK_EQ(got.decoder.decoded_nodes, want.decoder.decoded_nodes);
+    CHECK_EQ(got.decoder.reencoded_nodes, want.decoder.reencoded_nodes);
+    CHECK_EQ(got.decoder.attention_flops, want.decoder.attention_flops);
+  }
 }
 
 // Their weights are read by all threads at once.
