@@ -216,7 +216,7 @@ bool BeamSearch::SampleBranches(Wave& wave, const Segment& segment, int first) {
   pool_.Run(tree_.num_branches(), [&](int b, int thread) {
     Branch& branch = tree_.branch(b);
     for (int i = first; i < segment.end; ++i) {
-      if (i == segment.action && times > 1) tree_.Tile(branch, times);
+      if (i == segment.action) tree_.Tile(branch, times);
       if (wave.deadline && !BranchFitsDeadline(wave, branch)) late = true;
       if (late) return;
       const Pass& pass = tree_.MakePass(branch);
@@ -249,10 +249,14 @@ double BeamSearch::NodesAhead(const Wave& wave) const {
   return nodes;
 }
 
+double BeamSearch::SecondsLeft(const Wave& wave) {
+  return std::chrono::duration<double>(*wave.deadline - Clock::now()).count();
+}
+
 // Whether the next pass ends in time. The first step is made in any case, with fewer candidates if
 // need be.
 bool BeamSearch::FitsDeadline(Wave& wave, const Segment& segment, int i) {
-  const double left = std::chrono::duration<double>(*wave.deadline - Clock::now()).count();
+  const double left = SecondsLeft(wave);
   const double per_node = kDeadlineMargin * seconds_per_node_;
   if (segment.step > 0) {
     const double most = NodesAhead(wave);
@@ -276,9 +280,8 @@ bool BeamSearch::FitsDeadline(Wave& wave, const Segment& segment, int i) {
 
 // The same of a branch, which has one thread.
 bool BeamSearch::BranchFitsDeadline(const Wave& wave, const Branch& branch) const {
-  const double left = std::chrono::duration<double>(*wave.deadline - Clock::now()).count();
   const double per_node = kDeadlineMargin * seconds_per_node_ * pool_.num_threads();
-  return per_node * branch.num_rows() <= left;
+  return per_node * branch.num_rows() <= SecondsLeft(wave);
 }
 
 // The number of nodes that were computed.
@@ -409,8 +412,7 @@ size_t BeamSearch::ProbsOf(const Wave& wave, int context, int row, int which) co
 bool BeamSearch::CallValueFunction(Wave& wave, int step) {
   const auto begin = Clock::now();
   if (wave.deadline && step > 0) {
-    const double left = std::chrono::duration<double>(*wave.deadline - begin).count();
-    if (kDeadlineMargin * wave.value_seconds > left) return false;
+    if (kDeadlineMargin * wave.value_seconds > SecondsLeft(wave)) return false;
   }
   for (int c = 0; c < wave.count; ++c) {
     Beam& beam = wave.beams[c];

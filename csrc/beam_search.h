@@ -177,6 +177,7 @@ class BeamSearch {
   void KeepBest(Wave& wave, int context, int step, int kept);
   int Forward(int rows_asked);
   double NodesAhead(const Wave& wave) const;
+  static double SecondsLeft(const Wave& wave);
   bool FitsDeadline(Wave& wave, const Segment& segment, int i);
   bool BranchFitsDeadline(const Wave& wave, const Branch& branch) const;
   double NodeBytes() const;

@@ -232,18 +232,16 @@ void TokenTree::AddWindowNodes(Strand& strand) {
   for (int i = 0; i < num_rows_; ++i) {
     const int row = strand.rows[i];
     int shared = 0;
+    bool same = false;  // kept for the leaves, as the next context overwrites the keys
     if (i > 0) {
       const int last = strand.rows[i - 1];
       const int32_t *a = KeyOf(last), *b = KeyOf(row);
       shared = static_cast<int>(std::mismatch(a, a + len, b).first - a);
+      same = shared == len && a[len] == b[len];
       std::copy_n(PathOf(c, last), shared, PathOf(c, row));
     }
+    same_[RowIndex(c, row)] = same;
     for (int k = shared; k < len; ++k) AddNode(all_.pass, strand, row, visible_[k], k);
-  }
-  // before the next context overwrites the keys
-  for (int i = 0; i < num_rows_; ++i) {
-    const int32_t *a = i > 0 ? KeyOf(strand.rows[i - 1]) : nullptr, *b = KeyOf(strand.rows[i]);
-    same_[RowIndex(c, strand.rows[i])] = i > 0 && std::equal(a, a + len + 1, b);
   }
 }
 
