@@ -43,7 +43,6 @@ inline Vec operator/(Vec a, Vec b) { return Vec(_mm256_div_ps(a.v, b.v)); }
 inline Vec Fma(Vec a, Vec b, Vec c) { return Vec(_mm256_fmadd_ps(a.v, b.v, c.v)); }
 inline Vec Max(Vec a, Vec b) { return Vec(_mm256_max_ps(a.v, b.v)); }
 inline Vec Min(Vec a, Vec b) { return Vec(_mm256_min_ps(a.v, b.v)); }
-inline Vec Round(Vec a) { return Vec(_mm256_round_ps(a.v, 8)); }
 inline void Keep(Vec& a) { asm volatile("" : "+x"(a.v)); }
 
 // a[0], b[0], a[1], b[1] and so on, of their lower and upper halves.
@@ -64,12 +63,13 @@ inline Vec SwapInner(__m256 a) {
 inline Vec EvenLanes(Vec a, Vec b) { return SwapInner(_mm256_shuffle_ps(a.v, b.v, 0x88)); }
 inline Vec OddLanes(Vec a, Vec b) { return SwapInner(_mm256_shuffle_ps(a.v, b.v, 0xDD)); }
 
-// Below the smallest normal number the result is zero.
-inline Vec ScaleByPowerOf2(Vec a, Vec n) {
-  const __m256 normal = _mm256_cmp_ps(n.v, _mm256_set1_ps(-126.0f), _CMP_GE_OQ);
-  const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
-  const __m256 power = _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
-  return Vec(_mm256_and_ps(normal, _mm256_mul_ps(a.v, power)));
+// a 2^n of a near 1; zero below the smallest normal number. n is also in the last bits of
+// `shifted`.
+inline Vec ScaleByPowerOf2(Vec a, Vec n, Vec shifted) {
+  const __m256 normal = _mm256_cmp_ps(n.v, _mm256_set1_ps(-125.0f), _CMP_GE_OQ);
+  const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(shifted.v), 23);
+  const __m256i scaled = _mm256_add_epi32(_mm256_castps_si256(a.v), exponent);
+  return Vec(_mm256_and_ps(normal, _mm256_castsi256_ps(scaled)));
 }
 
 inline float Sum(Vec a) {
@@ -103,7 +103,12 @@ inline Vec SumEach(const Vec (&p)[4]) { return Vec(SumFour(p[0], p[1], p[2], p[3
 // in all of them.
 inline Vec SwapHalves(Vec a) { return Vec(_mm256_permute_ps(a.v, 0x4E)); }
 inline Vec SwapLanes(Vec a) { return Vec(_mm256_permute_ps(a.v, 0xB1)); }
-inline Vec OneOfFour(Vec a, int i) { return Vec(_mm256_permutevar_ps(a.v, _mm256_set1_epi32(i))); }
+inline Vec OneOfFour(Vec a, int i) {
+  if (i == 0) return Vec(_mm256_permute_ps(a.v, 0x00));
+  if (i == 1) return Vec(_mm256_permute_ps(a.v, 0x55));
+  if (i == 2) return Vec(_mm256_permute_ps(a.v, 0xAA));
+  return Vec(_mm256_permute_ps(a.v, 0xFF));
+}
 
 // The nearest bfloat16, ties to even, in the upper halves; what is below does not count.
 inline __m256i NearestBf16(Vec a) {

@@ -39,7 +39,6 @@ inline Vec operator/(Vec a, Vec b) { return Vec(_mm512_div_ps(a.v, b.v)); }
 inline Vec Fma(Vec a, Vec b, Vec c) { return Vec(_mm512_fmadd_ps(a.v, b.v, c.v)); }
 inline Vec Max(Vec a, Vec b) { return Vec(_mm512_max_ps(a.v, b.v)); }
 inline Vec Min(Vec a, Vec b) { return Vec(_mm512_min_ps(a.v, b.v)); }
-inline Vec Round(Vec a) { return Vec(_mm512_roundscale_ps(a.v, 0)); }
 inline Vec Abs(Vec a) { return Vec(_mm512_abs_ps(a.v)); }
 // |a|, which is a, with the sign of b.
 inline Vec CopySign(Vec a, Vec b) {
@@ -52,7 +51,7 @@ inline Vec LookUp(const float (&table)[32], Vec from) {
 }
 // Below the exponents of normal numbers the result is zero: smaller ones, which hidden keys would
 // bring with them, are made by microcode on some processors, a hundred times as slowly.
-inline Vec ScaleByPowerOf2(Vec a, Vec n) {
+inline Vec ScaleByPowerOf2(Vec a, Vec n, Vec) {
   const __mmask16 normal = _mm512_cmp_ps_mask(n.v, _mm512_set1_ps(-126.0f), _CMP_GE_OQ);
   return Vec(_mm512_maskz_scalef_ps(normal, a.v, n.v));
 }
@@ -129,7 +128,12 @@ inline Vec SumEach(const Vec (&p)[4]) { return SumFour(p); }
 // in all of them.
 inline Vec SwapHalves(Vec a) { return Vec(_mm512_permute_ps(a.v, 0x4E)); }
 inline Vec SwapLanes(Vec a) { return Vec(_mm512_permute_ps(a.v, 0xB1)); }
-inline Vec OneOfFour(Vec a, int i) { return Vec(_mm512_permutevar_ps(a.v, _mm512_set1_epi32(i))); }
+inline Vec OneOfFour(Vec a, int i) {
+  if (i == 0) return Vec(_mm512_permute_ps(a.v, 0x00));
+  if (i == 1) return Vec(_mm512_permute_ps(a.v, 0x55));
+  if (i == 2) return Vec(_mm512_permute_ps(a.v, 0xAA));
+  return Vec(_mm512_permute_ps(a.v, 0xFF));
+}
 
 // The nearest bfloat16, ties to even, in the upper halves; what is below does not count.
 inline __m512i NearestBf16(Vec a) {

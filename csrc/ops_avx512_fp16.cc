@@ -47,6 +47,7 @@ struct Halves {
 inline Halves operator+(Halves a, Halves b) { return Halves(_mm512_add_ph(a.v, b.v)); }
 inline Halves operator*(Halves a, Halves b) { return Halves(_mm512_mul_ph(a.v, b.v)); }
 inline Halves Fma(Halves a, Halves b, Halves c) { return Halves(_mm512_fmadd_ph(a.v, b.v, c.v)); }
+inline void Keep(Halves& a) { asm volatile("" : "+v"(a.v)); }
 
 // Sums of neighbours: of a in the even lanes, of b in the odd lanes.
 inline Halves AddPairs(Halves a, Halves b) {

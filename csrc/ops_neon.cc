@@ -42,7 +42,6 @@ inline Vec operator/(Vec a, Vec b) { return Vec(vdivq_f32(a.v, b.v)); }
 inline Vec Fma(Vec a, Vec b, Vec c) { return Vec(vfmaq_f32(c.v, a.v, b.v)); }
 inline Vec Max(Vec a, Vec b) { return Vec(vmaxq_f32(a.v, b.v)); }
 inline Vec Min(Vec a, Vec b) { return Vec(vminq_f32(a.v, b.v)); }
-inline Vec Round(Vec a) { return Vec(vrndnq_f32(a.v)); }
 inline float Sum(Vec a) { return vaddvq_f32(a.v); }
 inline float MaxLane(Vec a) { return vmaxvq_f32(a.v); }
 inline void Keep(Vec& a) { asm volatile("" : "+w"(a.v)); }
@@ -55,13 +54,13 @@ inline Vec ZipUpper(Vec a, Vec b) { return Vec(vzip2q_f32(a.v, b.v)); }
 inline Vec EvenLanes(Vec a, Vec b) { return Vec(vuzp1q_f32(a.v, b.v)); }
 inline Vec OddLanes(Vec a, Vec b) { return Vec(vuzp2q_f32(a.v, b.v)); }
 
-// Below the smallest normal number the result is zero.
-inline Vec ScaleByPowerOf2(Vec a, Vec n) {
-  const uint32x4_t normal = vcgeq_f32(n.v, vdupq_n_f32(-126.0f));
-  const int32x4_t exponent = vaddq_s32(vcvtq_s32_f32(n.v), vdupq_n_s32(127));
-  const float32x4_t power = vreinterpretq_f32_s32(vshlq_n_s32(exponent, 23));
-  return Vec(
-      vreinterpretq_f32_u32(vandq_u32(normal, vreinterpretq_u32_f32(vmulq_f32(a.v, power)))));
+// a 2^n of a near 1; zero below the smallest normal number. n is also in the last bits of
+// `shifted`.
+inline Vec ScaleByPowerOf2(Vec a, Vec n, Vec shifted) {
+  const uint32x4_t normal = vcgeq_f32(n.v, vdupq_n_f32(-125.0f));
+  const uint32x4_t exponent = vshlq_n_u32(vreinterpretq_u32_f32(shifted.v), 23);
+  const uint32x4_t scaled = vaddq_u32(vreinterpretq_u32_f32(a.v), exponent);
+  return Vec(vreinterpretq_f32_u32(vandq_u32(normal, scaled)));
 }
 
 // Lane i is the sum of p[i].

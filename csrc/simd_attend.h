@@ -61,12 +61,31 @@ inline void StoreInOrder(const Vec (&x)[kVecs], float* out) {
   }
 }
 
-// Sum over lanes still to come: q . key.
-template <int kVecs, typename Key>
-inline Vec DotVecs(const Vec (&q)[kVecs], const Key* key) {
-  Vec sum = q[0] * LoadPart<kVecs>(key, 0);
-  UNROLL for (int v = 1; v < kVecs; ++v) sum = Fma(q[v], LoadPart<kVecs>(key, v), sum);
-  return sum;
+// Keys whose sums registers hold, of each of two rows.
+constexpr int kMostKeys = kRegisters / 4;
+
+// Sums over lanes still to come, q . key, of some rows and keys. What rows share is loaded once for
+// all of them; so are parts of queries for all keys, where registers do not hold whole queries.
+template <int kVecs, int kRows, int kKeys, typename Key>
+inline void DotVecs(const PartOf<Key> (&q)[kRows][kPartsOf<kVecs, Key>], const Key* const* key,
+                    PartOf<Key> (*sums)[kKeys]) {
+  constexpr int kParts = kPartsOf<kVecs, Key>, kBlock = kKeys < kMostKeys ? kKeys : kMostKeys;
+  UNROLL for (int block = 0; block < kKeys; block += kBlock) {
+    UNROLL for (int v = 0; v < kParts; ++v) {
+      PartOf<Key> query[kRows];
+      UNROLL for (int r = 0; r < kRows; ++r) {
+        query[r] = q[r][v];
+        if constexpr (kRows * (kParts + kBlock) > kRegisters) Keep(query[r]);
+      }
+      UNROLL for (int i = block; i < block + kBlock; ++i) {
+        PartOf<Key> part = LoadPart<kVecs>(key[i], v);
+        if constexpr (kRows > 1) Keep(part);
+        UNROLL for (int r = 0; r < kRows; ++r) {
+          sums[r][i] = v == 0 ? query[r] * part : Fma(query[r], part, sums[r][i]);
+        }
+      }
+    }
+  }
 }
 
 // ---- attention: memory ----
@@ -161,7 +180,13 @@ inline V SpreadWeight(const float* weights, int i) {
   if constexpr (kHeads > 1) return OneOfFour(V::Load(weights), i);
 }
 
-// The scores of keys [len, end of the last vector) become kMasked.
+// Keys whose scores are in two vectors: what is done to scores is done to both, as one alone would
+// wait for itself.
+template <int kHeads>
+inline constexpr int kStepOf = 2 * kLanesOf<kHeads>;
+static_assert(tt::kPad % kStepOf<1> == 0);  // there is room for them
+
+// The scores of keys [len, a multiple of kStepOf) become kMasked.
 template <int kHeads>
 inline void MaskScores(float* scores, int len) {
   constexpr int kLanes = kLanesOf<kHeads>;
@@ -169,69 +194,58 @@ inline void MaskScores(float* scores, int len) {
   for (int i = len % kLanes; i > 0 && i < kLanes; ++i) {
     for (int head = 0; head < kHeads; ++head) last[head * kLanes + i] = kMasked;
   }
+  const int end = tt::RoundUp(len, kLanes);
+  if (end % kStepOf<kHeads> > 0) Vec(kMasked).Store(scores + end * kHeads);
 }
 
-// Scores of keys [begin, len), kMasked after them; begin is a multiple of kLanes.
-template <int kHeads, int kVecs, typename Key>
-inline void DotKeys(const float* q, float scale, const Key* keys, const uint32_t* path, int begin,
-                    int len, float* scores, Prefetcher<kVecs, Key>& prefetcher) {
+// Scores of keys [begin, end) of so many rows; begin is a multiple of kLanes. What follows them in
+// their last vector means nothing.
+template <int kRows, int kHeads, int kVecs, typename Key>
+inline void DotKeys(const float* q, size_t q_stride, float scale, const Key* keys,
+                    const uint32_t* path, int begin, int end, float* scores, size_t scores_size,
+                    Prefetcher<kVecs, Key>& prefetcher) {
   constexpr int kLanes = kLanesOf<kHeads>;
-  PartOf<Key> query[kPartsOf<kVecs, Key>];
-  LoadQuery<kVecs, Key>(q, scale, query);
-  // a vector of partial sums a key, then all of them reduced at once
-  for (int j = begin; j < len; j += kLanes) {
-    prefetcher.Ask(kLanes);
-    PartOf<Key> partial[kLanes];
-    if (j + kLanes <= len) {
-      UNROLL for (int i = 0; i < kLanes; ++i) {
-        partial[i] = DotVecs<kVecs, Key>(query, keys + path[j + i]);
-      }
-    } else {
-      UNROLL for (int i = 0; i < kLanes; ++i) {
-        partial[i] = DotVecs<kVecs, Key>(query, keys + path[j + i < len ? j + i : len - 1]);
-      }
-    }
-    SumEach(partial).Store(scores + j * kHeads);
+  PartOf<Key> query[kRows][kPartsOf<kVecs, Key>];
+  UNROLL for (int r = 0; r < kRows; ++r) {
+    LoadQuery<kVecs, Key>(q + r * q_stride, scale, query[r]);
   }
-  MaskScores<kHeads>(scores, len);
-}
-
-// The same of a row and the next one over [0, end), a multiple of kLanes.
-template <int kHeads, int kVecs, typename Key>
-inline void DotSharedKeys(const float* q, size_t q_stride, float scale, const Key* keys,
-                          const uint32_t* path, int end, float* scores, size_t scores_size,
-                          Prefetcher<kVecs, Key>& prefetcher) {
-  constexpr int kLanes = kLanesOf<kHeads>;
-  PartOf<Key> query0[kPartsOf<kVecs, Key>], query1[kPartsOf<kVecs, Key>];
-  LoadQuery<kVecs, Key>(q, scale, query0);
-  LoadQuery<kVecs, Key>(q + (end > 0 ? q_stride : 0), scale, query1);
-  for (int j = 0; j < end; j += kLanes) {
+  for (int j = begin; j < end; j += kLanes) {
     prefetcher.Ask(kLanes);
-    PartOf<Key> partial0[kLanes], partial1[kLanes];
-    UNROLL for (int i = 0; i < kLanes; ++i) {
-      partial0[i] = DotVecs<kVecs, Key>(query0, keys + path[j + i]);
-      partial1[i] = DotVecs<kVecs, Key>(query1, keys + path[j + i]);
+    const Key* key[kLanes];
+    if (j + kLanes <= end) {
+      UNROLL for (int i = 0; i < kLanes; ++i) key[i] = keys + path[j + i];
+    } else {
+      UNROLL for (int i = 0; i < kLanes; ++i) key[i] = keys + path[j + i < end ? j + i : end - 1];
     }
-    SumEach(partial0).Store(scores + j * kHeads);
-    SumEach(partial1).Store(scores + scores_size + j * kHeads);
+    // a vector of partial sums a key, then all of them reduced at once
+    PartOf<Key> partial[kRows][kLanes];
+    DotVecs<kVecs>(query, key, partial);
+    UNROLL for (int r = 0; r < kRows; ++r) {
+      SumEach(partial[r]).Store(scores + r * scores_size + j * kHeads);
+    }
   }
 }
 
 // scores = exp(scores - max of the head); returns one over their sum, of each head.
 template <int kHeads, int kVecs, typename Key>
 inline Vec ExpScores(float* scores, int len, Prefetcher<kVecs, Key>& prefetcher) {
-  constexpr int kLanes = kLanesOf<kHeads>;
-  Vec max = Vec::Load(scores);
-  for (int j = kLanes; j < len; j += kLanes) max = Max(max, Vec::Load(scores + j * kHeads));
-  max = SpreadMax<kHeads>(max);
-  Vec sum(0.0f);
-  for (int j = 0; j < len; j += kLanes) {
-    prefetcher.Ask(2);
-    const Vec e = Exp(Vec::Load(scores + j * kHeads) - max);
-    ArithmeticOf<Key>::StoreWeights(e, scores + j * kHeads);
-    sum = sum + e;
+  const int size = tt::RoundUp(len, kStepOf<kHeads>) * kHeads;
+  Vec most[2] = {Vec::Load(scores), Vec::Load(scores + kWidth)};
+  for (int i = 2 * kWidth; i < size; i += 2 * kWidth) {
+    most[0] = Max(most[0], Vec::Load(scores + i));
+    most[1] = Max(most[1], Vec::Load(scores + i + kWidth));
   }
-  return Vec(1.0f) / SpreadSum<kHeads>(sum);
+  const Vec max = SpreadMax<kHeads>(Max(most[0], most[1]));
+  Vec sums[2] = {Vec(0.0f), Vec(0.0f)};
+  for (int i = 0; i < size; i += 2 * kWidth) {
+    prefetcher.Ask(4);
+    const Vec e0 = Exp(Vec::Load(scores + i) - max), e1 = Exp(Vec::Load(scores + i + kWidth) - max);
+    ArithmeticOf<Key>::StoreWeights(e0, scores + i);
+    ArithmeticOf<Key>::StoreWeights(e1, scores + i + kWidth);
+    sums[0] = sums[0] + e0;
+    sums[1] = sums[1] + e1;
+  }
+  return Vec(1.0f) / SpreadSum<kHeads>(sums[0] + sums[1]);
 }
 
 // A weighted sum is several sums side by side, which hides the latency of a multiply-add: value j
@@ -332,7 +346,8 @@ inline void AddSharedValues(const float* weights, size_t stride, const Key* valu
         const auto w1 = ArithmeticOf<Key>::AsPart(SpreadWeight<kHeads>(pair + stride, i));
         const Key* value = values + path[j + i];
         UNROLL for (int v = 0; v < a.kParts; ++v) {
-          const PartOf<Key> x = LoadPart<kVecs>(value, v);
+          PartOf<Key> x = LoadPart<kVecs>(value, v);
+          Keep(x);
           a.sums[c][v] = Fma(w0, x, a.sums[c][v]);
           b.sums[c][v] = Fma(w1, x, b.sums[c][v]);
         }
@@ -370,11 +385,14 @@ inline void AttendBlock(const AttendArgs& args, const FreshNodes& fresh, int bun
     const bool is_pair = i + 1 < num_rows;
     ends[i] = is_pair ? args.shared[r + i + 1] / kLanes * kLanes : 0;
     asks_keys.SkipTo(fresh_of(i));
-    DotSharedKeys<kHeads, kVecs, Key>(q + i * args.q_stride, args.q_stride, args.scale, keys,
-                                      paths[i], ends[i], scores(i), args.scores_size, asks_keys);
+    if (ends[i] > 0) {
+      DotKeys<2, kHeads>(q + i * args.q_stride, args.q_stride, args.scale, keys, paths[i], 0,
+                         ends[i], scores(i), args.scores_size, asks_keys);
+    }
     for (int row = i; row < i + 1 + is_pair; ++row) {
-      DotKeys<kHeads, kVecs, Key>(q + row * args.q_stride, args.scale, keys, paths[row], ends[i],
-                                  lens[row], scores(row), asks_keys);
+      DotKeys<1, kHeads>(q + row * args.q_stride, args.q_stride, args.scale, keys, paths[row],
+                         ends[i], lens[row], scores(row), args.scores_size, asks_keys);
+      MaskScores<kHeads>(scores(row), lens[row]);
     }
   }
   Prefetcher<kVecs, Key> asks_values(values, fresh, r, r + num_rows);
@@ -417,7 +435,7 @@ void AttendWide(const AttendArgs& args) {
       const int len = args.lens[r];
       const float* q = args.q + r * args.q_stride + head * args.bundle_stride;
       float* out = args.out + r * args.out_stride + head * args.bundle_stride;
-      for (int j = 0; j < tt::RoundUp(len, kWidth); ++j) {
+      for (int j = 0; j < tt::RoundUp(len, kStepOf<1>); ++j) {
         Vec sum(0.0f);
         for (int i = 0; j < len && i < args.bundle_stride; i += kWidth) {
           sum = Fma(Vec::Load(q + i), LoadNumbers(keys + path[j] + i), sum);

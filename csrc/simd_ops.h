@@ -59,12 +59,15 @@ inline void PrepareAs(const float* x, size_t n, typename Inputs::Number* out) {
 
 // ---- elementary functions ----
 
+// Added to a number, it rounds that to an integer, which is in the last bits of the sum.
+constexpr float kToInteger = 12582912.0f;  // 1.5 * 2^23
+
 // e^x, relative error 1e-7: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]. Zero far below.
 inline Vec Exp(Vec x) {
-  const Vec clamped = Max(x, Vec(-104.0f));
-  const Vec n = Round(clamped * Vec(1.44269504088896341f));
+  const Vec shifted = Fma(x, Vec(1.44269504088896341f), Vec(kToInteger));
+  const Vec n = shifted - Vec(kToInteger);
   // ln 2 in two parts: n times the first is exact
-  Vec r = Fma(n, Vec(-0.693359375f), clamped);
+  Vec r = Fma(n, Vec(-0.693359375f), x);
   r = Fma(n, Vec(2.12194440e-4f), r);
   Vec p(0.0013814616249874234f);
   p = Fma(p, r, Vec(0.0083687175065279f));
@@ -72,7 +75,7 @@ inline Vec Exp(Vec x) {
   p = Fma(p, r, Vec(0.1666652113199234f));
   p = Fma(p, r, Vec(0.4999999403953552f));
   p = Fma(p, r * r, r) + Vec(1.0f);
-  return ScaleByPowerOf2(p, n);
+  return ScaleByPowerOf2(p, n, shifted);
 }
 
 // Phi(x) = 1/2 + x P(x^2) / Q(x^2), a minimax fit on [-5.2, 5.2] with absolute error 1.3e-7 in
