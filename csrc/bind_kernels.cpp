@@ -96,7 +96,7 @@ Floats RunSoftmax(const Floats& x, const std::string& isa) {
   const int rows = Rows(x), padded = RoundUp(Cols(x), kPad);
   const AlignedBuffer<float> in = PadRows(x, padded);
   AlignedBuffer<float> out(in.size());
-  for (int r = 0; r < rows; ++r)
+  for (size_t r = 0; r < static_cast<size_t>(rows); ++r)
     ops.softmax(in.data() + r * padded, Cols(x), out.data() + r * padded);
   return CutRows(out, rows, Cols(x), padded);
 }
@@ -119,62 +119,66 @@ Floats RunLayerNorm(const Floats& x, const Floats& gamma, const Floats& beta,
   return CutRows(out, rows, Cols(x), padded);
 }
 
+void RequireHeads(const Floats& q, const Floats& k, const Floats& v) {
+  if (q.ndim() != 3 || q.shape(0) != 2) Refuse("q", "(2, heads, head_dim)", ShapeText(q));
+  InRange<py::ssize_t>("heads", q.shape(1), 1, 1 << 10);
+  InRange<py::ssize_t>("head_dim", q.shape(2), 1, 1 << 10);
+  for (const Floats* x : {&k, &v}) {
+    if (x->ndim() != 3 || x->shape(0) != k.shape(0) || x->shape(1) != q.shape(1) ||
+        x->shape(2) != q.shape(2)) {
+      Refuse("k, v", "(len, heads, head_dim) of q", ShapeText(*x));
+    }
+  }
+  InRange<py::ssize_t>("len", k.shape(0), 1, 1 << 20);
+}
+
+// f(row, head, number of the head)
+template <typename F>
+void ForNumbers(const Floats& x, F&& f) {
+  for (int r = 0; r < x.shape(0); ++r) {
+    for (int h = 0; h < x.shape(1); ++h) {
+      for (int i = 0; i < x.shape(2); ++i) f(r, h, i);
+    }
+  }
+}
+
 // Two queries (2, heads, head_dim) over keys and values (len, heads, head_dim), of which the second
 // query sees all but the last `hidden` ones. The dtype is that of keys and values.
 Floats RunAttend(const Floats& q, const Floats& k, const Floats& v, int hidden,
                  const std::string& dtype, const std::string& isa) {
-  if (q.ndim() != 3 || q.shape(0) != 2) Refuse("q", "(2, heads, head_dim)", ShapeText(q));
-  const int heads = static_cast<int>(InRange<py::ssize_t>("heads", q.shape(1), 1, 1 << 10));
-  const int dim = static_cast<int>(InRange<py::ssize_t>("head_dim", q.shape(2), 1, 1 << 10));
-  if (k.ndim() != 3 || v.ndim() != 3 || k.shape(0) < 1)
-    Refuse("k, v", "3 dimensions", ShapeText(k));
-  const int len = static_cast<int>(InRange<py::ssize_t>("len", k.shape(0), 1, 1 << 20));
-  for (const Floats* x : {&k, &v}) {
-    if (x->shape(0) != len || x->shape(1) != heads || x->shape(2) != dim) {
-      Refuse("k, v", "(len, heads, head_dim) of q", ShapeText(*x));
-    }
-  }
-  // nodes in reverse order, so that a path is more than 0, 1, 2
+  RequireHeads(q, k, v);
+  const auto heads = static_cast<int>(q.shape(1)), dim = static_cast<int>(q.shape(2));
+  const auto len = static_cast<int>(k.shape(0));
   InRange("hidden", hidden, 0, len - 1);
   const Ops& ops = FindOps(isa);
   const bool bf16 = IsBf16(dtype);
   const HeadLayout layout(heads, dim, ops, bf16);
-  const size_t bundle_size = static_cast<size_t>(len) * layout.stride;
-  AlignedBuffer<float> kv, scores;
+  const size_t bundle_size = static_cast<size_t>(len) * layout.stride, width = layout.width();
+  AlignedBuffer<float> kv, scores, query, out(2 * width);
   kv.ReserveZeroed(layout.num_bundles * 2 * bundle_size);
   scores.ReserveZeroed(size_t{kScoreRows} * layout.heads * RoundUp(len, kPad));
-  std::vector<uint32_t> path(len), fresh(2 * len);
-  for (int j = 0; j < len; ++j) {
-    path[j] = static_cast<uint32_t>((len - 1 - j) * layout.stride);
-    for (int h = 0; h < heads; ++h) {
-      for (int i = 0; i < dim; ++i) {
-        const int column = layout.Column(h, i), bundle = column / layout.stride;
-        float* out = kv.data() + 2 * bundle * bundle_size + path[j] + column % layout.stride;
-        out[0] = *k.data(j, h, i);
-        out[bundle_size] = *v.data(j, h, i);
-      }
-    }
-  }
-  const size_t width = layout.width();
-  AlignedBuffer<float> query, out(2 * width);
   query.ReserveZeroed(2 * width);
-  for (int r = 0; r < 2; ++r) {
-    for (int h = 0; h < heads; ++h) {
-      for (int i = 0; i < dim; ++i) query[r * width + layout.Column(h, i)] = *q.data(r, h, i);
-    }
-  }
+  // nodes in reverse order, so that a path is more than 0, 1, 2
+  std::vector<uint32_t> path(len), fresh(2 * len);
+  for (int j = 0; j < len; ++j) path[j] = static_cast<uint32_t>((len - 1 - j) * layout.stride);
+  ForNumbers(k, [&](int j, int h, int i) {
+    const int column = layout.Column(h, i), bundle = column / layout.stride;
+    float* key = kv.data() + 2 * bundle * bundle_size + path[j] + column % layout.stride;
+    key[0] = *k.data(j, h, i);
+    key[bundle_size] = *v.data(j, h, i);
+  });
+  ForNumbers(
+      q, [&](int r, int h, int i) { query[r * width + layout.Column(h, i)] = *q.data(r, h, i); });
   AlignedBuffer<uint16_t> rounded(bf16 ? kv.size() : 0);
-  const NumberType type = !bf16         ? NumberType::kFloat32
-                          : layout.fp16 ? NumberType::kFp16
-                                        : NumberType::kBf16;
-  if (bf16) ops.round(kv.data(), kv.size(), type, rounded.data());
+  const NumberType rounded_type = layout.fp16 ? NumberType::kFp16 : NumberType::kBf16;
+  if (bf16) ops.round(kv.data(), kv.size(), rounded_type, rounded.data());
   const uint32_t* paths[] = {path.data(), path.data()};
   const int32_t lens[] = {len, len - hidden}, shared[] = {0, len - hidden};
   ops.attend({.rows = 2,
               .q = query.data(),
               .q_stride = width,
               .kv = bf16 ? static_cast<const void*>(rounded.data()) : kv.data(),
-              .type = type,
+              .type = bf16 ? rounded_type : NumberType::kFloat32,
               .bundle_size = bundle_size,
               .paths = paths,
               .lens = lens,
@@ -189,13 +193,9 @@ Floats RunAttend(const Floats& q, const Floats& k, const Floats& v, int hidden,
               .out = out.data(),
               .out_stride = width});
   Floats result({2, heads, dim});
-  for (int r = 0; r < 2; ++r) {
-    for (int h = 0; h < heads; ++h) {
-      for (int i = 0; i < dim; ++i) {
-        *result.mutable_data(r, h, i) = out[r * width + layout.Column(h, i)];
-      }
-    }
-  }
+  ForNumbers(result, [&](int r, int h, int i) {
+    *result.mutable_data(r, h, i) = out[r * width + layout.Column(h, i)];
+  });
   return result;
 }
 

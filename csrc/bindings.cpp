@@ -74,14 +74,11 @@ std::vector<int32_t> RequireTokens(const std::string& name, const py::handle& ob
   return tokens;
 }
 
-Truncation MakeTruncation(const char* name, std::optional<int> top_k, std::optional<double> cdf,
-                          int num_ids) {
+Truncation MakeTruncation(const char* k_name, std::optional<int> k, const char* cdf_name,
+                          std::optional<double> cdf, int num_ids) {
   Truncation truncation;
-  if (top_k) truncation.top_k = InRange(("k_" + std::string(name)).c_str(), *top_k, 1, num_ids);
-  if (cdf) {
-    truncation.cdf =
-        static_cast<float>(InRange(("cdf_" + std::string(name)).c_str(), *cdf, 0.0, 1.0));
-  }
+  if (k) truncation.top_k = InRange(k_name, *k, 1, num_ids);
+  if (cdf) truncation.cdf = static_cast<float>(InRange(cdf_name, *cdf, 0.0, 1.0));
   return truncation;
 }
 
@@ -307,9 +304,9 @@ py::list PyBeamSearch::Plan(const py::sequence& contexts, int horizon, int beam_
   PlanSettings settings = ReadSizes(horizon, beam_width, n_expand, max_len);
   settings.discount = InRange("discount", discount, 0.0, 1.0);
   settings.temperature = RequireTemperature(temperature);
-  settings.observation = MakeTruncation("obs", k_obs, cdf_obs, ids);
-  settings.action = MakeTruncation("act", k_act, cdf_act, ids);
-  settings.reward = MakeTruncation("rew", k_rew, cdf_rew, ids);
+  settings.observation = MakeTruncation("k_obs", k_obs, "cdf_obs", cdf_obs, ids);
+  settings.action = MakeTruncation("k_act", k_act, "cdf_act", cdf_act, ids);
+  settings.reward = MakeTruncation("k_rew", k_rew, "cdf_rew", cdf_rew, ids);
   ReadEstimators(thresholds, percentile, settings);
 
   PlanRequest request;
@@ -421,7 +418,7 @@ py::tuple PyBeamSearch::Search(const py::array& context, int num_tokens, int bea
   request.num_tokens = InRange("num_tokens", num_tokens, 1, 1 << 24);
   request.beam_width = InRange("beam_width", beam_width, 1, 1 << 20);
   request.goal = RequireGoal(goal);
-  request.truncation = MakeTruncation("top", top_k, cdf, shape_.num_ids());
+  request.truncation = MakeTruncation("top_k", top_k, "cdf", cdf, shape_.num_ids());
   request.temperature = RequireTemperature(temperature);
   request.interrupt = CheckSignals;
   SearchResult result;

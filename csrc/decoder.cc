@@ -43,10 +43,9 @@ void DecoderStats::operator+=(const DecoderStats& other) {
 }
 
 void Decoder::Activations::Reserve(const Shape& shape, int rows, int leaves, bool chained) {
-  logits_width = shape.logits_width();
   h.Reserve(static_cast<size_t>(rows) * shape.width());
   if (chained) q.Reserve(static_cast<size_t>(rows) * shape.attn_width());
-  logits.Reserve(static_cast<size_t>(leaves) * logits_width);
+  logits.Reserve(static_cast<size_t>(leaves) * shape.logits_width());
   shared.resize(std::max(shared.size(), static_cast<size_t>(rows)));
 }
 

@@ -42,14 +42,14 @@ class Decoder {
   void Reserve(int max_nodes, int max_path);
   // Keys and values of the new nodes are kept; logits of the leaves are (num_leaves, logits_width).
   void Forward(const Pass& pass);
-  const float* logits(int slot) const { return all_.Logits(slot); }
+  const float* logits(int slot) const { return LogitsOf(all_, slot); }
 
   // Before threads make passes of their own, of at most so many nodes.
   void ReserveBranches(int max_nodes);
   // By the calling thread alone, which is number `thread` of the pool; the pass is not chained.
   void ForwardBranch(const Pass& pass, int thread);
   const float* branch_logits(int thread, int slot) const {
-    return scratch_[thread].branch.Logits(slot);
+    return LogitsOf(scratch_[thread].branch, slot);
   }
 
   DecoderStats stats() const;
@@ -64,12 +64,8 @@ class Decoder {
     AlignedBuffer<float> q;       // (rows, attn_width) of a chained pass
     AlignedBuffer<float> logits;  // (leaves, logits_width)
     std::vector<int32_t> shared;  // (rows) AttendArgs::shared
-    int logits_width = 0;
 
     void Reserve(const Shape& shape, int rows, int leaves, bool chained);
-    const float* Logits(int slot) const {
-      return logits.data() + static_cast<size_t>(slot) * logits_width;
-    }
     size_t bytes() const { return (h.size() + q.size() + logits.size()) * sizeof(float); }
   };
   // Of one thread. Buffers are of one chunk of rows, (kMaxRows, ...).
@@ -122,6 +118,9 @@ class Decoder {
                  const Chunk& chunk, const PackedMatrix& weights);
   static float* RowOf(AlignedBuffer<float>& buffer, int row, int width) {
     return buffer.data() + static_cast<size_t>(row) * width;
+  }
+  const float* LogitsOf(const Activations& of, int slot) const {
+    return of.logits.data() + static_cast<size_t>(slot) * model_.shape.logits_width();
   }
   // Of all nodes, keys or values of one bundle of heads.
   size_t bundle_size() const { return max_nodes_ * model_.head_layout.stride; }

@@ -32,13 +32,6 @@ inline Halves LoadPart(const Half* x, int v) {
   return Halves::Load(x + v * 2 * kWidth);
 }
 
-template <int kVecs, typename Key>
-inline Halves DotVecs(const Halves (&q)[kVecs / 2], const Half* key) {
-  Halves sum = q[0] * LoadPart<kVecs>(key, 0);
-  UNROLL for (int v = 1; v < kVecs / 2; ++v) sum = Fma(q[v], LoadPart<kVecs>(key, v), sum);
-  return sum;
-}
-
 // Lane 4 h + i is the sum of the eight numbers 8 h and up of p[i].
 inline Vec SumEach(const Halves (&p)[4]) {
   const Halves pairs = SumFour(p);

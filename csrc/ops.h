@@ -179,8 +179,8 @@ struct Ops {
   NumberType bf16_weights;
   // Whether kFp16 is faster: of weights in `gemm`, which are kRounded first; of keys in `round`
   // and, in bundles, `attend`.
-  bool fp16_weights;
-  bool fp16_keys;
+  bool fp16_weights = false;
+  bool fp16_keys = false;
   // c (rows, num_cols) = a (rows, k) w + bias, or += with `add`; num_cols counts whole panels. a is
   // what one of the next three made for weights of w's type; lda is in numbers.
   void (*gemm)(const MatrixView& w, int num_cols, const void* a, size_t lda, int rows, float* c,

@@ -63,10 +63,8 @@ inline Vec SwapInner(__m256 a) {
 inline Vec EvenLanes(Vec a, Vec b) { return SwapInner(_mm256_shuffle_ps(a.v, b.v, 0x88)); }
 inline Vec OddLanes(Vec a, Vec b) { return SwapInner(_mm256_shuffle_ps(a.v, b.v, 0xDD)); }
 
-// a 2^n of a near 1; zero below the smallest normal number. n is also in the last bits of
-// `shifted`.
-inline Vec ScaleByPowerOf2(Vec a, Vec n, Vec shifted) {
-  const __m256 normal = _mm256_cmp_ps(n.v, _mm256_set1_ps(-125.0f), _CMP_GE_OQ);
+inline Vec ScaleByPowerOf2(Vec a, Vec n, Vec shifted, Vec least) {
+  const __m256 normal = _mm256_cmp_ps(n.v, least.v, _CMP_GE_OQ);
   const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(shifted.v), 23);
   const __m256i scaled = _mm256_add_epi32(_mm256_castps_si256(a.v), exponent);
   return Vec(_mm256_and_ps(normal, _mm256_castsi256_ps(scaled)));
@@ -103,7 +101,7 @@ inline Vec SumEach(const Vec (&p)[4]) { return Vec(SumFour(p[0], p[1], p[2], p[3
 // in all of them.
 inline Vec SwapHalves(Vec a) { return Vec(_mm256_permute_ps(a.v, 0x4E)); }
 inline Vec SwapLanes(Vec a) { return Vec(_mm256_permute_ps(a.v, 0xB1)); }
-inline Vec OneOfFour(Vec a, int i) {
+inline Vec OneOfFour(Vec a, int i) {  // i is known once loops are unrolled
   if (i == 0) return Vec(_mm256_permute_ps(a.v, 0x00));
   if (i == 1) return Vec(_mm256_permute_ps(a.v, 0x55));
   if (i == 2) return Vec(_mm256_permute_ps(a.v, 0xAA));

@@ -49,10 +49,10 @@ inline Vec LookUp(const float (&table)[32], Vec from) {
   return Vec(_mm512_permutex2var_ps(_mm512_loadu_ps(table), _mm512_castps_si512(from.v),
                                     _mm512_loadu_ps(table + 16)));
 }
-// Below the exponents of normal numbers the result is zero: smaller ones, which hidden keys would
-// bring with them, are made by microcode on some processors, a hundred times as slowly.
-inline Vec ScaleByPowerOf2(Vec a, Vec n, Vec) {
-  const __mmask16 normal = _mm512_cmp_ps_mask(n.v, _mm512_set1_ps(-126.0f), _CMP_GE_OQ);
+// Numbers that are not normal, which hidden keys would bring with them, are made by microcode on
+// some processors, a hundred times as slowly.
+inline Vec ScaleByPowerOf2(Vec a, Vec n, Vec, Vec least) {
+  const __mmask16 normal = _mm512_cmp_ps_mask(n.v, least.v, _CMP_GE_OQ);
   return Vec(_mm512_maskz_scalef_ps(normal, a.v, n.v));
 }
 inline float Sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
@@ -128,7 +128,7 @@ inline Vec SumEach(const Vec (&p)[4]) { return SumFour(p); }
 // in all of them.
 inline Vec SwapHalves(Vec a) { return Vec(_mm512_permute_ps(a.v, 0x4E)); }
 inline Vec SwapLanes(Vec a) { return Vec(_mm512_permute_ps(a.v, 0xB1)); }
-inline Vec OneOfFour(Vec a, int i) {
+inline Vec OneOfFour(Vec a, int i) {  // i is known once loops are unrolled
   if (i == 0) return Vec(_mm512_permute_ps(a.v, 0x00));
   if (i == 1) return Vec(_mm512_permute_ps(a.v, 0x55));
   if (i == 2) return Vec(_mm512_permute_ps(a.v, 0xAA));

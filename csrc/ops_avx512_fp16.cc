@@ -130,7 +130,7 @@ double HalfPeakLoop(int64_t iterations, bool bf16) {
   const Halves ones((__m512h)_mm512_set1_epi16(0x3c00));
   for (int64_t i = 0; i < iterations; ++i) {
     UNROLL for (Halves& sum : sums) sum = Fma(ones, ones, sum);
-    UNROLL for (Halves& sum : sums) asm volatile("" : "+v"(sum.v));
+    UNROLL for (Halves& sum : sums) Keep(sum);
   }
   return static_cast<double>(iterations) * kTileRows * kTileVecs * 2 * kWidth * 2;
 }

@@ -54,10 +54,8 @@ inline Vec ZipUpper(Vec a, Vec b) { return Vec(vzip2q_f32(a.v, b.v)); }
 inline Vec EvenLanes(Vec a, Vec b) { return Vec(vuzp1q_f32(a.v, b.v)); }
 inline Vec OddLanes(Vec a, Vec b) { return Vec(vuzp2q_f32(a.v, b.v)); }
 
-// a 2^n of a near 1; zero below the smallest normal number. n is also in the last bits of
-// `shifted`.
-inline Vec ScaleByPowerOf2(Vec a, Vec n, Vec shifted) {
-  const uint32x4_t normal = vcgeq_f32(n.v, vdupq_n_f32(-125.0f));
+inline Vec ScaleByPowerOf2(Vec a, Vec n, Vec shifted, Vec least) {
+  const uint32x4_t normal = vcgeq_f32(n.v, least.v);
   const uint32x4_t exponent = vshlq_n_u32(vreinterpretq_u32_f32(shifted.v), 23);
   const uint32x4_t scaled = vaddq_u32(vreinterpretq_u32_f32(a.v), exponent);
   return Vec(vreinterpretq_f32_u32(vandq_u32(normal, scaled)));

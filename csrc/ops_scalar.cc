@@ -114,28 +114,26 @@ double PeakLoop(int64_t iterations, bool) {
   return static_cast<double>(iterations) * 16.0;
 }
 
-constexpr Ops kOps = {"scalar",
-                      kPanel,
-                      1,
-                      1,
-                      1,
-                      NumberType::kRounded,
-                      false,
-                      false,
-                      Gemm,
-                      Prepare,
-                      LayerNorm,
-                      Gelu,
-                      RoundNumbers,
-                      Attend,
-                      TrainForward,
-                      TrainBackward,
-                      TrainGelu,
-                      TrainNorm,
-                      TrainNormGrad,
-                      DrawKeep,
-                      Softmax,
-                      PeakLoop};
+constexpr Ops kOps = {.name = "scalar",
+                      .panel_width = kPanel,
+                      .tile_rows = 1,
+                      .bf16_tile_rows = 1,
+                      .bundle_heads = 1,
+                      .bf16_weights = NumberType::kRounded,
+                      .gemm = Gemm,
+                      .prepare = Prepare,
+                      .layer_norm = LayerNorm,
+                      .gelu = Gelu,
+                      .round = RoundNumbers,
+                      .attend = Attend,
+                      .train_forward = TrainForward,
+                      .train_backward = TrainBackward,
+                      .train_gelu = TrainGelu,
+                      .train_norm = TrainNorm,
+                      .train_norm_grad = TrainNormGrad,
+                      .draw_keep = DrawKeep,
+                      .softmax = Softmax,
+                      .peak_loop = PeakLoop};
 
 }  // namespace
 

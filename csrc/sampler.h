@@ -27,7 +27,8 @@ class Sampler {
   void Load(const float* logits, float temperature);
   // Whether some were replaced since the last call.
   bool TakeReplaced() { return std::exchange(replaced_, false); }
-  // (num_ids) probabilities before any filter, valid until the next Load.
+  // (num_ids) probabilities before any filter, valid until the next Load; to be asked for before
+  // Truncate.
   const float* RawProbs();
   // Filters; after it Draw may be called as often as wanted.
   void Truncate(const Truncation& truncation);

@@ -8,18 +8,6 @@
 namespace tt {
 namespace {
 
-float ReadNumber(const TrainAttendArgs& args, const void* x, size_t i) {
-  return args.bf16 ? FromBf16(static_cast<const uint16_t*>(x)[i]) : static_cast<const float*>(x)[i];
-}
-
-void WriteNumber(const TrainAttendArgs& args, float value, void* x, size_t i) {
-  if (args.bf16) {
-    static_cast<uint16_t*>(x)[i] = ToBf16(value);
-  } else {
-    static_cast<float*>(x)[i] = value;
-  }
-}
-
 // One head of one window, by token and number of the head.
 struct ScalarHead {
   const TrainAttendArgs& args;
@@ -37,10 +25,12 @@ struct ScalarHead {
     const size_t token = static_cast<size_t>(window) * args.len + t;
     return ((token * 3 + part) * args.num_heads + head) * dim() + i;
   }
-  float Qkv(int part, int t, int i) const { return ReadNumber(args, args.qkv, InQkv(part, t, i)); }
+  float Qkv(int part, int t, int i) const {
+    return ReadNumber(args.bf16, args.qkv, InQkv(part, t, i));
+  }
   // Of the sum of kept values, before it is scaled.
   float OutGrad(int t, int i) const {
-    return ReadNumber(args, args.out_grad, InOut(t, i)) * args.keep_scale;
+    return ReadNumber(args.bf16, args.out_grad, InOut(t, i)) * args.keep_scale;
   }
   float Keep(int query, int key) const {
     return args.keep == nullptr ? 1.0f : args.keep[Index(query) * args.len + key];
@@ -70,7 +60,7 @@ struct ScalarHead {
     for (int i = 0; i < dim(); ++i) {
       float total = 0.0f;
       for (int key = 0; key < end; ++key) total += args.scratch[key] * Qkv(2, key, i);
-      WriteNumber(args, total, args.out, InOut(query, i));
+      WriteNumber(args.bf16, total, args.out, InOut(query, i));
     }
   }
 
@@ -96,7 +86,7 @@ struct ScalarHead {
     for (int i = 0; i < dim(); ++i) {
       float total = 0.0f;
       for (int key = 0; key < end; ++key) total += score_grads[key] * Qkv(1, key, i);
-      WriteNumber(args, total, args.qkv_grad, InQkv(0, query, i));
+      WriteNumber(args.bf16, total, args.qkv_grad, InQkv(0, query, i));
     }
   }
 
@@ -107,8 +97,8 @@ struct ScalarHead {
     for (int query = 0; query < args.len; ++query) Backward(query, grads, grads + 2 * size);
     for (int t = 0; t < args.len; ++t) {
       for (int i = 0; i < dim(); ++i) {
-        WriteNumber(args, grads[t * dim() + i], args.qkv_grad, InQkv(1, t, i));
-        WriteNumber(args, grads[size + t * dim() + i], args.qkv_grad, InQkv(2, t, i));
+        WriteNumber(args.bf16, grads[t * dim() + i], args.qkv_grad, InQkv(1, t, i));
+        WriteNumber(args.bf16, grads[size + t * dim() + i], args.qkv_grad, InQkv(2, t, i));
       }
     }
   }

@@ -8,18 +8,6 @@
 namespace tt {
 namespace {
 
-float ReadNumber(bool bf16, const void* x, size_t i) {
-  return bf16 ? FromBf16(static_cast<const uint16_t*>(x)[i]) : static_cast<const float*>(x)[i];
-}
-
-void WriteNumber(bool bf16, float value, void* x, size_t i) {
-  if (bf16) {
-    static_cast<uint16_t*>(x)[i] = ToBf16(value);
-  } else {
-    static_cast<float*>(x)[i] = value;
-  }
-}
-
 void TrainGelu(const TrainGeluArgs& args) {
   for (size_t i = 0; i < args.size; ++i) {
     const float x = ReadNumber(args.bf16, args.x, i);

@@ -61,21 +61,23 @@ inline void StoreInOrder(const Vec (&x)[kVecs], float* out) {
   }
 }
 
-// Keys whose sums registers hold, of each of two rows.
-constexpr int kMostKeys = kRegisters / 4;
+// Vectors of sums that registers hold, of each of two rows.
+constexpr int kMostSums = kRegisters / 4;
 
 // Sums over lanes still to come, q . key, of some rows and keys. What rows share is loaded once for
 // all of them; so are parts of queries for all keys, where registers do not hold whole queries.
 template <int kVecs, int kRows, int kKeys, typename Key>
 inline void DotVecs(const PartOf<Key> (&q)[kRows][kPartsOf<kVecs, Key>], const Key* const* key,
                     PartOf<Key> (*sums)[kKeys]) {
-  constexpr int kParts = kPartsOf<kVecs, Key>, kBlock = kKeys < kMostKeys ? kKeys : kMostKeys;
+  constexpr int kParts = kPartsOf<kVecs, Key>, kBlock = kKeys < kMostSums ? kKeys : kMostSums;
+  static_assert(kKeys % kBlock == 0);
   UNROLL for (int block = 0; block < kKeys; block += kBlock) {
     UNROLL for (int v = 0; v < kParts; ++v) {
       PartOf<Key> query[kRows];
       UNROLL for (int r = 0; r < kRows; ++r) {
         query[r] = q[r][v];
-        if constexpr (kRows * (kParts + kBlock) > kRegisters) Keep(query[r]);
+        // 1: the part of a key
+        if constexpr (kRows * (kParts + kBlock) + 1 > kRegisters) Keep(query[r]);
       }
       UNROLL for (int i = block; i < block + kBlock; ++i) {
         PartOf<Key> part = LoadPart<kVecs>(key[i], v);
@@ -186,15 +188,15 @@ template <int kHeads>
 inline constexpr int kStepOf = 2 * kLanesOf<kHeads>;
 static_assert(tt::kPad % kStepOf<1> == 0);  // there is room for them
 
-// The scores of keys [len, a multiple of kStepOf) become kMasked.
+// The scores of keys [len, the next multiple of kStepOf) become kMasked.
 template <int kHeads>
 inline void MaskScores(float* scores, int len) {
   constexpr int kLanes = kLanesOf<kHeads>;
-  float* last = scores + len / kLanes * kWidth;
-  for (int i = len % kLanes; i > 0 && i < kLanes; ++i) {
+  const int end = tt::RoundUp(len, kLanes);
+  float* last = scores + (end - kLanes) * kHeads;
+  for (int i = kLanes - (end - len); i < kLanes; ++i) {
     for (int head = 0; head < kHeads; ++head) last[head * kLanes + i] = kMasked;
   }
-  const int end = tt::RoundUp(len, kLanes);
   if (end % kStepOf<kHeads> > 0) Vec(kMasked).Store(scores + end * kHeads);
 }
 
@@ -251,8 +253,7 @@ inline Vec ExpScores(float* scores, int len, Prefetcher<kVecs, Key>& prefetcher)
 // A weighted sum is several sums side by side, which hides the latency of a multiply-add: value j
 // goes to chain j % kChains. A row's order of additions is the same alone and beside another one,
 // so that plans do not depend on how rows are shared out.
-constexpr int kValues = 4;                 // a step
-constexpr int kMostSums = kRegisters / 4;  // that registers hold, of each of two rows
+constexpr int kValues = 4;  // a step
 template <int kParts>
 inline constexpr int kChainsOf = kParts > kMostSums             ? 1
                                  : kMostSums / kParts > kValues ? kValues
@@ -347,7 +348,7 @@ inline void AddSharedValues(const float* weights, size_t stride, const Key* valu
         const Key* value = values + path[j + i];
         UNROLL for (int v = 0; v < a.kParts; ++v) {
           PartOf<Key> x = LoadPart<kVecs>(value, v);
-          Keep(x);
+          Keep(x);  // for both rows
           a.sums[c][v] = Fma(w0, x, a.sums[c][v]);
           b.sums[c][v] = Fma(w1, x, b.sums[c][v]);
         }
@@ -378,18 +379,18 @@ inline void AttendBlock(const AttendArgs& args, const FreshNodes& fresh, int bun
   int ends[tt::kScoreRows];  // what a pair does together
   Vec scales[tt::kScoreRows];
   const auto scores = [&args](int i) { return args.scores + i * args.scores_size; };
+  const auto last_of = [num_rows](int i) { return i + 1 < num_rows ? i + 1 : i; };  // of a pair
   const auto fresh_of = [&](int i) { return fresh.nodes + fresh.begin[r + i]; };
 
   Prefetcher<kVecs, Key> asks_keys(keys, fresh, r, r + num_rows);
   for (int i = 0; i < num_rows; i += 2) {
-    const bool is_pair = i + 1 < num_rows;
-    ends[i] = is_pair ? args.shared[r + i + 1] / kLanes * kLanes : 0;
+    ends[i] = last_of(i) > i ? args.shared[r + i + 1] / kLanes * kLanes : 0;
     asks_keys.SkipTo(fresh_of(i));
     if (ends[i] > 0) {
       DotKeys<2, kHeads>(q + i * args.q_stride, args.q_stride, args.scale, keys, paths[i], 0,
                          ends[i], scores(i), args.scores_size, asks_keys);
     }
-    for (int row = i; row < i + 1 + is_pair; ++row) {
+    for (int row = i; row <= last_of(i); ++row) {
       DotKeys<1, kHeads>(q + row * args.q_stride, args.q_stride, args.scale, keys, paths[row],
                          ends[i], lens[row], scores(row), args.scores_size, asks_keys);
       MaskScores<kHeads>(scores(row), lens[row]);
@@ -404,7 +405,7 @@ inline void AttendBlock(const AttendArgs& args, const FreshNodes& fresh, int bun
     Chains<kVecs, Key> chains[2];
     AddSharedValues<kHeads, kVecs>(scores(i), args.scores_size, values, paths[i], ends[i], chains,
                                    asks_values);
-    for (int row = i; row < i + 2 && row < num_rows; ++row) {
+    for (int row = i; row <= last_of(i); ++row) {
       StoreTotal(AddValues<kHeads, kVecs>(chains[row - i], scores(row), values, paths[row], ends[i],
                                           lens[row], asks_values),
                  scales[row], out + row * args.out_stride);
@@ -435,13 +436,14 @@ void AttendWide(const AttendArgs& args) {
       const int len = args.lens[r];
       const float* q = args.q + r * args.q_stride + head * args.bundle_stride;
       float* out = args.out + r * args.out_stride + head * args.bundle_stride;
-      for (int j = 0; j < tt::RoundUp(len, kStepOf<1>); ++j) {
+      for (int j = 0; j < len; ++j) {
         Vec sum(0.0f);
-        for (int i = 0; j < len && i < args.bundle_stride; i += kWidth) {
+        for (int i = 0; i < args.bundle_stride; i += kWidth) {
           sum = Fma(Vec::Load(q + i), LoadNumbers(keys + path[j] + i), sum);
         }
-        args.scores[j] = j < len ? Sum(sum) * args.scale : kMasked;
+        args.scores[j] = Sum(sum) * args.scale;
       }
+      MaskScores<1>(args.scores, len);
       const Vec scale = ExpScores<1>(args.scores, len, none);
       for (int i = 0; i < args.bundle_stride; i += kWidth) {
         Chains<1, Key> chains;

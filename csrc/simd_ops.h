@@ -1,6 +1,15 @@
 // The kernels, written once over a vector type. Include it after defining, in an anonymous
 // namespace, `Vec`, kName, kTileRows, kTileVecs, kPointerRows and kRegisters; it defines `MakeOps`.
 //
+// Of functions of vectors it needs those that ops_neon.cc has, and of these do not speak for
+// themselves:
+//   Keep(a): a is in a register here; compilers neither load it again for another use, nor fold its
+//     load into each of them.
+//   ScaleByPowerOf2(a, n, shifted, least): a 2^n, or zero where n is below `least` or NaN; a is in
+//     [0.7, 1.42], n an integer, which is in the last bits of `shifted`, too.
+//   SumEach(p): lane i is the sum of p[i].
+// And if vectors hold several heads, those that ops_avx2.cc has beyond that.
+//
 // No include guard and nothing but anonymous namespaces: each instruction set has its own copy.
 #include "normal_table.h"
 #include "ops.h"
@@ -61,8 +70,11 @@ inline void PrepareAs(const float* x, size_t n, typename Inputs::Number* out) {
 
 // Added to a number, it rounds that to an integer, which is in the last bits of the sum.
 constexpr float kToInteger = 12582912.0f;  // 1.5 * 2^23
+// Smaller powers of two count as zero: less than 1, times these, would not be a normal number.
+constexpr float kLeastPower = -125.0f;
 
-// e^x, relative error 1e-7: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]. Zero far below.
+// e^x of x up to 88, relative error 1e-7: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]. Of NaN
+// and of what is far below, zero.
 inline Vec Exp(Vec x) {
   const Vec shifted = Fma(x, Vec(1.44269504088896341f), Vec(kToInteger));
   const Vec n = shifted - Vec(kToInteger);
@@ -75,7 +87,7 @@ inline Vec Exp(Vec x) {
   p = Fma(p, r, Vec(0.1666652113199234f));
   p = Fma(p, r, Vec(0.4999999403953552f));
   p = Fma(p, r * r, r) + Vec(1.0f);
-  return ScaleByPowerOf2(p, n, shifted);
+  return ScaleByPowerOf2(p, n, shifted, Vec(kLeastPower));
 }
 
 // Phi(x) = 1/2 + x P(x^2) / Q(x^2), a minimax fit on [-5.2, 5.2] with absolute error 1.3e-7 in
@@ -103,9 +115,8 @@ template <typename V>
 inline V LookUpMass(V z) {
   using Table = tt::NormalTable;
   const V scale(Table::kPiecesPerUnit), near = Min(z, V(Table::kEnd));
-  const V to_int(12582912.0f);  // 1.5 * 2^23: what is added to it ends in its integer part
-  const V piece = Fma(near, scale, to_int);
-  const V rest = Fma(near, scale, to_int - piece);
+  const V piece = Fma(near, scale, V(kToInteger));
+  const V rest = Fma(near, scale, V(kToInteger) - piece);
   V mass = LookUp(tt::kNormalTable.coefficients[Table::kDegree], piece);
   UNROLL for (int i = Table::kDegree - 1; i >= 0; --i) {
     mass = Fma(mass, rest, LookUp(tt::kNormalTable.coefficients[i], piece));
@@ -389,10 +400,26 @@ constexpr Ops MakeOps(NumberType bf16_weights = NumberType::kRounded,
                       decltype(Ops::gemm) gemm = Gemm,
                       decltype(Ops::peak_loop) peak_loop = PeakLoop) {
   using Inputs = InputsOf<OfHalves>;
-  return {kName,         kPanel,   kTileRows,    kTileRows,       kBundleHeads,      bf16_weights,
-          false,         false,    gemm,         Inputs::Prepare, Inputs::LayerNorm, Inputs::Gelu,
-          RoundNumbers,  Attend,   TrainForward, TrainBackward,   TrainGelu,         TrainNorm,
-          TrainNormGrad, DrawKeep, Softmax,      peak_loop};
+  return {.name = kName,
+          .panel_width = kPanel,
+          .tile_rows = kTileRows,
+          .bf16_tile_rows = kTileRows,
+          .bundle_heads = kBundleHeads,
+          .bf16_weights = bf16_weights,
+          .gemm = gemm,
+          .prepare = Inputs::Prepare,
+          .layer_norm = Inputs::LayerNorm,
+          .gelu = Inputs::Gelu,
+          .round = RoundNumbers,
+          .attend = Attend,
+          .train_forward = TrainForward,
+          .train_backward = TrainBackward,
+          .train_gelu = TrainGelu,
+          .train_norm = TrainNorm,
+          .train_norm_grad = TrainNormGrad,
+          .draw_keep = DrawKeep,
+          .softmax = Softmax,
+          .peak_loop = peak_loop};
 }
 
 }  // namespace

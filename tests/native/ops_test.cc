@@ -204,9 +204,10 @@ void CheckLayerNorm(const Ops& ops, int width, double mean, double spread) {
   CheckPadding(out, width);
 }
 
-void CheckSoftmax(const Ops& ops, int n, double spread, bool in_place, double shift = 0.0) {
-  const Context context(Text(ops.name, "n", n, "spread", spread, in_place ? "in place" : ""));
-  std::vector<float> x = Padded(Random(n).Normals(n, spread, shift));
+void CheckSoftmax(const Ops& ops, const std::vector<float>& numbers, bool in_place = false) {
+  const int n = static_cast<int>(numbers.size());
+  const Context context(Text(ops.name, "n", n, in_place ? "in place" : ""));
+  std::vector<float> x = Padded(numbers);
   const Doubles logits = ToDoubles(x.data(), n), want = Softmax(logits);
   std::fill(x.begin() + n, x.end(), kGuard);  // room, but no zeros
   std::vector<float> out(x.size(), kGuard);
@@ -340,14 +341,21 @@ TEST(GeluRows) {
 
 TEST(SoftmaxRows) {
   for (const Ops* ops : TestedOps()) {
-    for (int n = 1; n <= 70; ++n) CheckSoftmax(*ops, n, 2.0, n % 2 == 0);
+    for (int n = 1; n <= 70; ++n) CheckSoftmax(*ops, Random(n).Normals(n, 2.0), n % 2 == 0);
     for (int n : {7, 32, 101, 257}) {
-      CheckSoftmax(*ops, n, 0.0, false);
-      CheckSoftmax(*ops, n, 30.0, false);
-      CheckSoftmax(*ops, n, 300.0, true);  // most of them vanish
-      for (double shift : {-500.0, 500.0}) CheckSoftmax(*ops, n, 2.0, false, shift);
+      CheckSoftmax(*ops, Random(n).Normals(n, 0.0));
+      CheckSoftmax(*ops, Random(n).Normals(n, 30.0));
+      CheckSoftmax(*ops, Random(n).Normals(n, 300.0), true);  // most of them vanish
+      for (double shift : {-500.0, 500.0}) CheckSoftmax(*ops, Random(n).Normals(n, 2.0, shift));
     }
   }
+}
+
+// Around the exponential of the smallest normal number, -87.3.
+TEST(SoftmaxOfTinyNumbers) {
+  std::vector<float> x = {0.0f};
+  while (x.back() > -92.0f) x.push_back(x.size() == 1 ? -84.0f : x.back() - 1.0f / 32.0f);
+  for (const Ops* ops : TestedOps()) CheckSoftmax(*ops, x);
 }
 
 TEST(SoftmaxOfMinusInfinity) {

@@ -13,8 +13,8 @@ using Doubles = std::vector<double>;
 
 // Half a unit in the last place of 1.0f: the largest relative error of one rounding.
 inline constexpr double kRounding = 0x1p-24;
-// Smallest normal float; some tables return zero below it.
-inline constexpr double kTiny = 0x1p-126;
+// Twice the smallest normal float; tables return zero for exponentials below 0.71 of it.
+inline constexpr double kTiny = 0x1p-125;
 
 const char* NameOf(NumberType type);
 // Nearest bfloat16, ties to even.
