@@ -204,6 +204,11 @@ def test_endless_environment_needs_a_cap():
     assert play(env_id=env_id, max_steps=4).lengths[0] <= 4
 
 
+def test_planner_of_another_type():
+    with pytest.raises(ValueError, match=r"planner: expected a tt_fast.Planner, such as .* 'str'"):
+        evaluate("runs/hopper", TOY)
+
+
 def test_environment_must_fit_the_model():
     message = "observation_dim of Hopper-v4: expected the model's 3, got 11"
     with pytest.raises(ValueError, match=message):

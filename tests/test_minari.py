@@ -88,6 +88,11 @@ def test_package_is_missing(monkeypatch):
         load_dataset("minari:x-v0")
 
 
+def test_id_without_version():
+    with pytest.raises(ValueError, match=r"dataset: expected an id with its version, such as"):
+        load_dataset("minari:mujoco/hopper/medium")
+
+
 def test_dataset_that_cannot_be_had(minari, monkeypatch):
     def fail(dataset_id, download):
         raise RuntimeError("no route to host")

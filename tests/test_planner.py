@@ -137,6 +137,16 @@ def test_actions_are_clipped_to_the_bounds() -> None:
     )
 
 
+def test_other_types_are_refused() -> None:
+    message = (
+        r"checkpoint: expected a tt_fast.Checkpoint \(Checkpoint.load reads a folder\), got 'st"
+    )
+    with pytest.raises(ValueError, match=message):
+        Planner("runs/hopper")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"plan_config: expected a tt_fast.PlanConfig, got 'dict'"):
+        Planner(tiny_checkpoint(), {"horizon": 3})  # type: ignore[arg-type]
+
+
 def test_discount_is_the_checkpoints_unless_given() -> None:
     assert make_planner().plan_config.discount == 0.9
     assert make_planner(PlanConfig(discount=0.5)).plan_config.discount == 0.5

@@ -264,6 +264,7 @@ def test_search_with_a_goal(backend: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"model": None}, r"model: expected a tt_fast.TrajectoryTransformer, such as checkpoint"),
         ({"context": []}, r"context: expected"),
         ({"context": [[1]]}, r"context: expected a 1-D array"),
         ({"context": [9]}, r"context: expected ids in \[0, 8\]"),
@@ -276,9 +277,24 @@ def test_search_with_a_goal(backend: str) -> None:
     ],
 )
 def test_search_refusals(changes: dict[str, Any], message: str) -> None:
-    arguments = {"context": context(), "num_tokens": 2, "beam_width": 2} | changes
+    arguments = {"model": tiny_model(), "context": context(), "num_tokens": 2, "beam_width": 2}
     with pytest.raises(ValueError, match=message):
-        beam_search(tiny_model(), **arguments)
+        beam_search(**arguments | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "x"}, r"model: expected a tt_fast.TrajectoryTransformer, such as checkpoint.mo"),
+        ({"discretizer": None}, r"discretizer: expected a tt_fast.Discretizer, such as checkpoint"),
+        ({"plan_config": {"horizon": 3}}, r"plan_config: expected a tt_fast.PlanConfig, got 'dict"),
+        ({"value_fn": 3}, r"value_fn: expected a function or None, got 'int'"),
+    ],
+)
+def test_plan_refuses_other_types(changes: dict[str, Any], message: str) -> None:
+    arguments = {"model": tiny_model(), "discretizer": tiny_discretizer(), "contexts": [context()]}
+    with pytest.raises(ValueError, match=message):
+        beam_plan(**arguments | changes)
 
 
 @pytest.mark.parametrize(

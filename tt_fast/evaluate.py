@@ -74,6 +74,8 @@ def evaluate(
         RenderError: a video is asked for and this machine cannot draw it; known before playing.
         KeyboardInterrupt: Ctrl-C before any episode was finished.
     """
+    expected = "a tt_fast.Planner, such as Planner(checkpoint)"
+    require(hasattr(planner, "replicate"), "planner", expected, type(planner).__name__)
     episodes = require_int("episodes", episodes, 1)
     num_envs = require_int("num_envs", num_envs, 1)
     seed = require_int("seed", seed, 0)

@@ -28,7 +28,7 @@ from tt_fast.training.run_folder import prepare_run_folder
 from tt_fast.training.step import seed_device
 from tt_fast.training.trainer import CheckedEvaluator, Evaluator, Trainer
 from tt_fast.training.workers import Workers, join_workers
-from tt_fast.validate import refuse, require
+from tt_fast.validate import refuse, require, require_type
 
 
 def train(
@@ -67,7 +67,8 @@ def train(
         wandb_project: log to Weights & Biases as well.
 
     Returns:
-        The trained model in eval mode on the CPU, its discretizer and metadata.
+        The trained model in eval mode on the CPU, its discretizer and metadata: the last one, also
+        with an evaluator, whose best one is `Checkpoint.load(output_dir / "best")`.
 
     Raises:
         ValueError: configs that do not fit the dataset or, resuming, the checkpoint; an evaluator
@@ -156,7 +157,7 @@ def _check_configs(dataset: OfflineDataset, model: ModelConfig, config: TrainCon
         ("model_config", model, ModelConfig),
         ("train_config", config, TrainConfig),
     ):
-        require(isinstance(value, kind), name, f"a tt_fast.{kind.__name__}", type(value).__name__)
+        require_type(name, value, kind)
     for name in ("observation_dim", "action_dim"):
         want, got = getattr(dataset, name), getattr(model, name)
         require(got == want, f"model_config.{name}", f"the dataset's {want}", got)

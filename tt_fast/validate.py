@@ -19,6 +19,11 @@ def require(condition: bool, name: str, expected: str, got: object) -> None:
         refuse(name, expected, got)
 
 
+def require_type(name: str, value: object, kind: type, hint: str = "") -> None:
+    """`value` is an instance of one of this package's classes; `hint` says how to get one."""
+    require(isinstance(value, kind), name, f"a tt_fast.{kind.__name__}{hint}", type(value).__name__)
+
+
 def require_int(name: str, value: Any, minimum: int, maximum: int | None = None) -> int:
     """`value` as a Python int; it is an integer (bool is not) in [minimum, maximum]."""
     try:

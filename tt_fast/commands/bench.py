@@ -43,7 +43,7 @@ class Bench(Command):
     threads: int | None = None
     """Threads; by default as many as this process, or its container, may use."""
     checkpoint: Path | None = None
-    """Run folder or checkpoint."""
+    """Run folder, which stands for its newest checkpoint, or a checkpoint, such as RUN/best."""
     env_id: str | None = None
     """Gymnasium id; by default the environment of the model's dataset."""
     episodes: int = 2

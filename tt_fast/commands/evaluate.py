@@ -35,7 +35,7 @@ class Evaluate(Command):
         tyro.conf.Positional,
         tyro.conf.arg(metavar="CHECKPOINT [...]", help_behavior_hint="(at least one)"),
     ]
-    """Run folders or checkpoints."""
+    """Run folders, which stand for their newest checkpoints, or checkpoints, such as RUN/best."""
     env_id: str | None = None
     """Gymnasium id; by default the environment of the model's dataset."""
     episodes: int = 1
@@ -51,7 +51,7 @@ class Evaluate(Command):
     no_prefix_context: bool = False
     """Plan from the observation alone, without past transitions."""
     backend: str = "auto"
-    """Planning backend: auto, cpu, cuda, torch or reference."""
+    """Planning backend: cpu, cuda, torch, reference; auto: cpu, or torch if it was not built."""
     threads: int | None = None
     """Threads of the cpu backend; by default as many as this process, or its container, may use."""
     deadline_ms: float | None = None

@@ -26,11 +26,11 @@ class Plan(Command):
     """Plan from one observation and print what the model imagines."""
 
     checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
-    """Run folder or checkpoint."""
+    """Run folder, which stands for its newest checkpoint, or a checkpoint, such as RUN/best."""
     observation: tuple[str, ...]
     """Numbers, separated by commas or spaces, or one .npy or .json file with a list of them."""
     backend: str = "auto"
-    """Planning backend: auto, cpu, cuda, torch or reference."""
+    """Planning backend: cpu, cuda, torch, reference; auto: cpu, or torch if it was not built."""
     threads: int | None = None
     """Threads of the cpu backend; by default as many as this process, or its container, may use."""
     deadline_ms: float | None = None

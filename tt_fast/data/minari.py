@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from tt_fast.data.registry import RefScores
 from tt_fast.validate import require
 
 PREFIX = "minari:"
+_VERSIONED = re.compile(r"-v\d+$")
 
 
 def read_minari(dataset_id: str) -> RawDataset:
@@ -25,6 +27,8 @@ def read_minari(dataset_id: str) -> RawDataset:
         ValueError: it cannot be had, or its observations or actions are no flat arrays.
     """
     source = f"{PREFIX}{dataset_id}"
+    expected = f"an id with its version, such as {PREFIX}mujoco/hopper/medium-v0"
+    require(_VERSIONED.search(dataset_id) is not None, "dataset", expected, source)
     dataset = _load(dataset_id, source)
     episodes = [_read_episode(episode, source) for episode in dataset.iterate_episodes()]
     require(len(episodes) > 0, source, "at least one episode", 0)

@@ -17,7 +17,14 @@ from tt_fast.config import DEFAULT_DISCOUNT, PlanConfig
 from tt_fast.discretizer import Floats, Tokens
 from tt_fast.planning.base import Draws, ImaginedPlan
 from tt_fast.planning.search import check_deadline, check_overflow, check_plan, make_backend
-from tt_fast.validate import refuse, require, require_choice, require_int, require_number
+from tt_fast.validate import (
+    refuse,
+    require,
+    require_choice,
+    require_int,
+    require_number,
+    require_type,
+)
 
 #: Stands for the unknown value of a past transition; no later position sees it (utils.py:8).
 VALUE_PLACEHOLDER = 1e6
@@ -60,6 +67,8 @@ class Planner:
         deadline_ms: `act` returns the best plan found in this time, in milliseconds (cpu backend
             only): with fewer steps or beams than asked, see `ImaginedPlan`. Plans then depend on
             the clock. A shorter plan than plan_freq is followed by a new one when it is used up.
+            The first plan packs the weights, too, and is late by that: where it matters, act once
+            and `reset`.
 
     Raises:
         ValueError: a checkpoint without discretizer, settings that do not fit the model.
@@ -79,13 +88,16 @@ class Planner:
         num_threads: int | None = None,
         deadline_ms: float | None = None,
     ) -> None:
+        require_type("checkpoint", checkpoint, Checkpoint, " (Checkpoint.load reads a folder)")
+        config = PlanConfig() if plan_config is None else plan_config
+        require_type("plan_config", config, PlanConfig)
         if checkpoint.discretizer is None:
             refuse("checkpoint", "one with a discretizer", "discretizer=None")
         discount = checkpoint.metadata.get("discount")
         discount = DEFAULT_DISCOUNT if discount is None else discount
         require_number("checkpoint.metadata['discount']", discount, 0.0, 1.0)
         self.checkpoint = checkpoint
-        self.plan_config = (plan_config or PlanConfig()).with_discount(discount)
+        self.plan_config = config.with_discount(discount)
         self.discretizer = checkpoint.discretizer
         model = checkpoint.model.config
         check_plan(model, self.plan_config)

@@ -17,9 +17,9 @@ from tt_fast.planning import cpu, cuda
 from tt_fast.planning.base import BeamPlan, BeamSequence, Draws, PlanBackend, ValueFn
 from tt_fast.planning.cached import TorchBackend
 from tt_fast.planning.reference import ReferenceBackend
-from tt_fast.validate import require, require_choice, require_int, require_number
+from tt_fast.validate import require, require_choice, require_int, require_number, require_type
 
-#: Names of the backends; "auto" stands for the fastest one that works.
+#: Names of the backends; "auto" stands for one of them, see `make_backend`.
 BACKENDS = ("reference", "torch", "cpu", "cuda")
 
 
@@ -129,7 +129,7 @@ def beam_plan(
             value, (rows, 2, vocab_size + 1) float32; returns (rows,) rewards and (rows,) values
             that replace the plan_config's estimate (core.py:64).
         deadline_ms: return the best plan found in this time, in milliseconds (cpu backend only):
-            fewer steps, or in the extreme fewer beams; `num_steps` and `num_rows` of the result
+            fewer steps, or in the extreme fewer beams; `num_steps` and `num_beams` of the result
             tell. Such a plan depends on the clock, and cannot be traced.
         num_threads: see `make_backend`.
 
@@ -140,8 +140,14 @@ def beam_plan(
         ValueError: an argument of the wrong shape, type or range; `overflow="grow"` with more
             transitions than the model's window.
     """
-    config = (plan_config or PlanConfig()).with_discount(DEFAULT_DISCOUNT)
+    require_type("model", model, TrajectoryTransformer, ", such as checkpoint.model")
+    require_type("discretizer", discretizer, Discretizer, ", such as checkpoint.discretizer")
+    config = PlanConfig() if plan_config is None else plan_config
+    require_type("plan_config", config, PlanConfig)
+    config = config.with_discount(DEFAULT_DISCOUNT)
     check_plan(model.config, config)
+    callable_or_none = value_fn is None or callable(value_fn)
+    require(callable_or_none, "value_fn", "a function or None", type(value_fn).__name__)
     arrays = _check_contexts(contexts, model.config, config)
     seed, plan_index = require_int("seed", seed, 0), require_int("plan_index", plan_index, 0)
     count = len(arrays)
@@ -169,6 +175,7 @@ def beam_search(
     cdf: float | None = None,
     temperature: float = 1.0,
     backend: str = "auto",
+    num_threads: int | None = None,
 ) -> BeamSequence:
     """The likeliest continuation (trajectory/search/core.py:98-131): imitation, goal-reaching.
 
@@ -182,15 +189,17 @@ def beam_search(
         cdf: remove this mass of the least likely candidates.
         temperature: divides the logits.
         backend: "reference", "torch", "cpu", "cuda" or "auto", see `make_backend`.
+        num_threads: see `make_backend`.
 
     Raises:
         ValueError: an argument of the wrong shape, type or range.
     """
+    require_type("model", model, TrajectoryTransformer, ", such as checkpoint.model")
     options = check_search(
         model.config, context, num_tokens, beam_width=beam_width, goal=goal,
         top_k=top_k, cdf=cdf, temperature=temperature,
     )  # fmt: skip
-    return make_backend(backend, model, None).search(**options)
+    return make_backend(backend, model, None, num_threads=num_threads).search(**options)
 
 
 def check_search(
