@@ -13,11 +13,6 @@
 namespace tt {
 namespace {
 
-// Contexts side by side share passes; more than this is planned wave by wave.
-constexpr double kWaveBytes = 128e6;
-// A pass may take somewhat longer than the last ones did.
-constexpr double kDeadlineMargin = 1.25;
-
 // Keys and values of a branch may be this part of the third cache, if none were shared: others use
 // it, too.
 constexpr double kBranchShare = 1.0 / 3.0;
@@ -49,6 +44,19 @@ void GatherRows(std::vector<T>& rows, const int32_t* order, int kept, size_t wid
   rows.swap(gathered);
 }
 
+// The best that have a probability, at most `count`: descending, equal ones ascending by index.
+void BestCandidates(const std::vector<float>& log_probs, int count, std::vector<int32_t>& best) {
+  best.clear();
+  for (size_t j = 0; j < log_probs.size(); ++j) {
+    if (log_probs[j] > kMinusInfinity) best.push_back(static_cast<int32_t>(j));
+  }
+  const size_t kept = std::min(best.size(), static_cast<size_t>(count));
+  std::partial_sort(best.begin(), best.begin() + kept, best.end(), [&](int a, int b) {
+    return log_probs[a] > log_probs[b] || (log_probs[a] == log_probs[b] && a < b);
+  });
+  best.resize(kept);
+}
+
 std::string Megabytes(double bytes) { return std::to_string(std::llround(bytes / 1e6)); }
 
 }  // namespace
@@ -70,7 +78,8 @@ BeamSearch::BeamSearch(std::shared_ptr<const Model> model, std::vector<uint8_t> 
 std::vector<PlanResult> BeamSearch::Plan(const PlanSettings& settings, const PlanRequest& request) {
   const auto begin = Clock::now();
   const int num_contexts = static_cast<int>(request.contexts.size());
-  const int num_waves = (num_contexts + WaveSize(settings) - 1) / WaveSize(settings);
+  const int wave_size = WaveSize(*model_, settings);
+  const int num_waves = (num_contexts + wave_size - 1) / wave_size;
   std::vector<PlanResult> results;
   for (int i = 0; i < num_waves; ++i) {
     const int first = BeginOfPart(num_contexts, i, num_waves);
@@ -84,13 +93,13 @@ std::vector<PlanResult> BeamSearch::Plan(const PlanSettings& settings, const Pla
     RunWave(wave);
     std::move(wave.results.begin(), wave.results.end(), std::back_inserter(results));
   }
-  stats_.seconds += std::chrono::duration<double>(Clock::now() - begin).count();
+  stats_.seconds += SecondsSince(begin);
   return results;
 }
 
 void BeamSearch::RunWave(Wave& wave) {
   const PlanSettings& settings = wave.settings;
-  Reserve(LimitsOf(settings, wave.count));
+  Reserve(PlanLimits(*model_, settings, wave.count));
   const auto first = wave.request.contexts.begin() + wave.first;
   tree_.Begin({first, first + wave.count}, {});
   wave.results.resize(wave.count);
@@ -152,15 +161,8 @@ bool BeamSearch::SampleToken(Wave& wave, const Segment& segment, int i) {
   tree_.Append(drawn_.data(), wave.settings.num_rows());
   fresh_ = false;
   ++wave.token;
-  if (nodes > 0) LearnSpeed(begin, nodes, 1);
+  if (nodes > 0) pace_.Learn(SecondsSince(begin), nodes, 1);
   return true;
-}
-
-// From so many passes since then: a running mean, of which every pass is a tenth.
-void BeamSearch::LearnSpeed(Clock::time_point begin, double nodes, int num_passes) {
-  const double seconds = std::chrono::duration<double>(Clock::now() - begin).count();
-  const double weight = seconds_per_node_ > 0.0 ? 1.0 - std::pow(0.9, num_passes) : 1.0;
-  seconds_per_node_ += weight * (seconds / nodes - seconds_per_node_);
 }
 
 // For all the rows that there will be at the segment's end.
@@ -194,7 +196,7 @@ bool BeamSearch::Split(const Wave& wave, const Segment& segment, int i) {
 int BeamSearch::NumBranches(int rows) const {
   int window = 1;  // the longest one
   for (int c = 0; c < tree_.num_contexts(); ++c) window = std::max(window, tree_.window_len(c));
-  const double near = kBranchShare * near_bytes_ / (NodeBytes() * window);
+  const double near = kBranchShare * near_bytes_ / (NodeBytes(*model_) * window);
   const int tile = model_->bf16 ? model_->ops.bf16_tile_rows : model_->ops.tile_rows;
   const double size = std::max(near, double{kMinTiles} * tile);
   const int wanted = static_cast<int>(std::ceil(rows / size)), threads = pool_.num_threads();
@@ -233,7 +235,7 @@ bool BeamSearch::SampleBranches(Wave& wave, const Segment& segment, int first) {
   if (late) return false;
   tree_.Join(times);
   wave.token += segment.end - first;
-  LearnSpeed(begin, double(nodes), segment.end - first);
+  pace_.Learn(SecondsSince(begin), double(nodes), segment.end - first);
   return true;
 }
 
@@ -249,24 +251,20 @@ double BeamSearch::NodesAhead(const Wave& wave) const {
   return nodes;
 }
 
-double BeamSearch::SecondsLeft(const Wave& wave) {
-  return std::chrono::duration<double>(*wave.deadline - Clock::now()).count();
-}
+double BeamSearch::SecondsLeft(const Wave& wave) { return -SecondsSince(*wave.deadline); }
 
 // Whether the next pass ends in time. The first step is made in any case, with fewer candidates if
 // need be.
 bool BeamSearch::FitsDeadline(Wave& wave, const Segment& segment, int i) {
   const double left = SecondsLeft(wave);
-  const double per_node = kDeadlineMargin * seconds_per_node_;
   if (segment.step > 0) {
     const double most = NodesAhead(wave);
-    return per_node * most * (most > tree_.total_rows() ? unshared_ : 1.0) <= left;
+    return pace_.Cost(most * (most > tree_.total_rows() ? unshared_ : 1.0)) <= left;
   }
-  const double cost = per_node * wave.count;  // of a row of each context
-  const int tokens_left = segment.end - i;
-  const int affordable = cost > 0.0
-                             ? static_cast<int>(std::clamp(left / (cost * tokens_left), 1.0, 1e9))
-                             : tree_.num_rows();
+  // of a row of each context, and all tokens to come
+  const double cost = pace_.Cost(double(wave.count) * (segment.end - i));
+  const int affordable =
+      cost > 0.0 ? static_cast<int>(std::clamp(left / cost, 1.0, 1e9)) : tree_.num_rows();
   if (affordable < tree_.num_rows()) {
     tree_.Narrow(affordable);
     for (Beam& beam : wave.beams) {
@@ -280,8 +278,7 @@ bool BeamSearch::FitsDeadline(Wave& wave, const Segment& segment, int i) {
 
 // The same of a branch, which has one thread.
 bool BeamSearch::BranchFitsDeadline(const Wave& wave, const Branch& branch) const {
-  const double per_node = kDeadlineMargin * seconds_per_node_ * pool_.num_threads();
-  return per_node * branch.num_rows() <= SecondsLeft(wave);
+  return pace_.Cost(double(branch.num_rows()) * pool_.num_threads()) <= SecondsLeft(wave);
 }
 
 // The number of nodes that were computed.
@@ -412,14 +409,14 @@ size_t BeamSearch::ProbsOf(const Wave& wave, int context, int row, int which) co
 bool BeamSearch::CallValueFunction(Wave& wave, int step) {
   const auto begin = Clock::now();
   if (wave.deadline && step > 0) {
-    if (kDeadlineMargin * wave.value_seconds > SecondsLeft(wave)) return false;
+    if (Pace::kMargin * wave.value_seconds > SecondsLeft(wave)) return false;
   }
   for (int c = 0; c < wave.count; ++c) {
     Beam& beam = wave.beams[c];
     wave.request.value_function(&probs_[ProbsOf(wave, c, 0, 0)], tree_.num_rows(),
                                 beam.rewards.data(), beam.values.data());
   }
-  wave.value_seconds = std::chrono::duration<double>(Clock::now() - begin).count();
+  wave.value_seconds = SecondsSince(begin);
   return true;
 }
 
@@ -492,7 +489,7 @@ void BeamSearch::KeepBest(Wave& wave, int context, int step, int kept) {
 
 SearchResult BeamSearch::Search(const SearchRequest& request) {
   const int num_ids = model_->shape.num_ids(), width = request.beam_width;
-  Reserve(SearchLimits(width, request.num_tokens));
+  Reserve(SearchLimits(*model_, width, request.num_tokens));
   tree_.Begin({request.context}, request.goal);
   std::vector<float> totals(1, 0.0f), log_probs(num_ids), candidates;
   std::vector<int32_t> order, rows, tokens;
@@ -510,15 +507,9 @@ SearchResult BeamSearch::Search(const SearchRequest& request) {
         candidates[size_t(row) * num_ids + id] = totals[row] + log_probs[id];
       }
     }
-    order.clear();
-    for (size_t j = 0; j < candidates.size(); ++j) {
-      if (candidates[j] > kMinusInfinity) order.push_back(static_cast<int32_t>(j));
-    }
-    const int kept = static_cast<int>(std::min<size_t>(order.size(), width));
+    BestCandidates(candidates, width, order);
+    const int kept = static_cast<int>(order.size());
     if (kept == 0) throw std::runtime_error("beam_search: no candidate has a probability");
-    std::partial_sort(order.begin(), order.begin() + kept, order.end(), [&](int a, int b) {
-      return candidates[a] > candidates[b] || (candidates[a] == candidates[b] && a < b);
-    });
     rows.resize(kept);
     tokens.resize(kept);
     totals.resize(kept);
@@ -536,7 +527,7 @@ SearchResult BeamSearch::Search(const SearchRequest& request) {
 
 std::vector<float> BeamSearch::Logits(const std::vector<int32_t>& context,
                                       const std::vector<int32_t>& goal) {
-  Reserve(SearchLimits(1, 1));
+  Reserve(SearchLimits(*model_, 1, 1));
   tree_.Begin({context}, goal);
   Forward(1);
   return {decoder_.logits(0), decoder_.logits(0) + model_->shape.num_ids()};
@@ -544,65 +535,9 @@ std::vector<float> BeamSearch::Logits(const std::vector<int32_t>& context,
 
 // ---- memory ----
 
-// Nodes of one context at once: what its beams have kept before the first crop, or a whole window
-// of every beam; and the transition that is being sampled.
-TreeLimits BeamSearch::LimitsOf(const PlanSettings& settings, int num_contexts) const {
-  const Shape& shape = model_->shape;
-  const int64_t rows = settings.num_rows(), beams = settings.beam_width;
-  const int64_t step = beams * shape.observation_dim + rows * (shape.action_dim + 2);
-  const int64_t max_len = settings.max_len;
-  const int64_t uncropped =
-      std::min<int64_t>(settings.horizon, max_len / shape.transition_dim() + 2);
-  const int64_t grown = max_len + uncropped * beams * shape.transition_dim();
-  const int64_t nodes = std::max(grown, beams * max_len) + 2 * step;
-  const int64_t tokens = max_len + int64_t{settings.horizon} * shape.transition_dim();
-  CheckFits(nodes * num_contexts, rows * num_contexts, tokens);
-  return {.num_contexts = num_contexts,
-          .max_rows = static_cast<int>(rows),
-          .max_len = settings.max_len,
-          .max_tokens = static_cast<int>(tokens),
-          .max_nodes = static_cast<int>(nodes)};
-}
-
-TreeLimits BeamSearch::SearchLimits(int beam_width, int num_tokens) const {
-  const Shape& shape = model_->shape;
-  const int64_t window = shape.block_size() + shape.transition_dim();
-  const int64_t nodes = shape.goal_len + window * (int64_t{beam_width} + 1);
-  CheckFits(nodes, beam_width, std::max<int64_t>(window + num_tokens, shape.num_ids()));
-  return {.num_contexts = 1,
-          .max_rows = beam_width,
-          .max_len = shape.block_size(),
-          .max_tokens = shape.block_size() + num_tokens,
-          .max_nodes = static_cast<int>(nodes)};
-}
-
-// Throws if indices of nodes or tokens would not fit their types, or no memory this side of absurd.
-void BeamSearch::CheckFits(int64_t nodes, int64_t rows, int64_t tokens) const {
-  constexpr int64_t kLimit = std::numeric_limits<int32_t>::max();
-  if (nodes * model_->head_layout.stride <= kLimit && rows * tokens <= kLimit) return;
-  throw std::length_error("beam_width: expected a search that fits in memory, got " +
-                          std::to_string(rows) + " rows of " + std::to_string(tokens) + " tokens");
-}
-
-// Keys and values of one node in all layers.
-double BeamSearch::NodeBytes() const {
-  return model_->key_bytes() * 2.0 * model_->shape.num_layers * model_->head_layout.width();
-}
-
-int BeamSearch::WaveSize(const PlanSettings& settings) const {
-  return std::max(1, static_cast<int>(kWaveBytes / NodeBytes() / LimitsOf(settings, 1).max_nodes));
-}
-
 // Refuses what memory cannot hold, before the system takes it at its word.
 void BeamSearch::Reserve(const TreeLimits& limits) {
-  const double nodes = double(limits.num_contexts) * limits.max_nodes;
-  const double rows = double(limits.num_contexts) * limits.max_rows;
-  // at most all nodes are in one pass; tokens and paths are held twice
-  const Shape& shape = model_->shape;
-  const double bytes =
-      nodes * (NodeBytes() + sizeof(float) * (shape.width() + shape.attn_width())) +
-      sizeof(float) * rows * shape.logits_width() +
-      2.0 * sizeof(int32_t) * rows * (limits.max_tokens + double(limits.max_len));
+  const double bytes = SearchBytes(*model_, limits);
   if (bytes > max_bytes_) {
     throw std::length_error("beam_width: expected a search that fits in memory, got " +
                             std::to_string(limits.max_rows) + " rows, which may need " +

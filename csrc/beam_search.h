@@ -4,7 +4,6 @@
 #ifndef TT_BEAM_SEARCH_H_
 #define TT_BEAM_SEARCH_H_
 
-#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <limits>
@@ -12,31 +11,17 @@
 #include <optional>
 #include <vector>
 
+#include "clock.h"
 #include "decoder.h"
 #include "isa.h"
 #include "model.h"
+#include "pace.h"
+#include "plan_limits.h"
 #include "sampler.h"
 #include "thread_pool.h"
 #include "token_tree.h"
 
 namespace tt {
-
-struct PlanSettings {
-  int horizon = 1;
-  int beam_width = 1;
-  int n_expand = 1;
-  double discount = 0.99;
-  int max_len = 1;  // most tokens that a forward pass sees
-  float temperature = 1.0f;
-  Truncation observation, action, reward;  // reward: of value tokens too
-  Estimator reward_estimator, value_estimator;
-
-  int num_rows() const { return beam_width * n_expand; }
-  // Tokens sampled per row in one plan.
-  size_t num_draws(const Shape& shape) const {
-    return size_t(horizon) * (shape.action_dim + 2) + size_t(horizon - 1) * shape.observation_dim;
-  }
-};
 
 // Raw probabilities (num_rows, 2, num_ids) of reward and value -> (num_rows) estimates of each.
 using ValueFunction =
@@ -111,7 +96,6 @@ class BeamSearch {
   const Model& model() const { return *model_; }
 
  private:
-  using Clock = std::chrono::steady_clock;
   // What the search knows of one context besides its tokens. Rows are candidates, then beams.
   struct Beam {
     std::vector<double> returns;                   // (rows) discounted rewards so far
@@ -159,7 +143,6 @@ class BeamSearch {
   bool Split(const Wave& wave, const Segment& segment, int i);
   int NumBranches(int rows) const;
   bool SampleBranches(Wave& wave, const Segment& segment, int first);
-  void LearnSpeed(Clock::time_point begin, double nodes, int num_passes);
   void PrepareBeams(Wave& wave);
   void DrawTokens(Wave& wave, const Segment& segment, int i);
   void DrawTokens(Wave& wave, const Segment& segment, int i, const Branch& branch, int thread);
@@ -180,11 +163,6 @@ class BeamSearch {
   static double SecondsLeft(const Wave& wave);
   bool FitsDeadline(Wave& wave, const Segment& segment, int i);
   bool BranchFitsDeadline(const Wave& wave, const Branch& branch) const;
-  double NodeBytes() const;
-  int WaveSize(const PlanSettings& settings) const;
-  TreeLimits LimitsOf(const PlanSettings& settings, int num_contexts) const;
-  TreeLimits SearchLimits(int beam_width, int num_tokens) const;
-  void CheckFits(int64_t nodes, int64_t rows, int64_t tokens) const;
   void Reserve(const TreeLimits& limits);
 
   std::shared_ptr<const Model> model_;
@@ -199,8 +177,8 @@ class BeamSearch {
   std::vector<int32_t> parents_;   // (num_contexts, kept)
   std::vector<float> probs_;       // (num_contexts, num_rows, 2, num_ids) for a value function
   PlanStats stats_;
-  double seconds_per_node_ = 0.0;  // of recent passes, with what goes with them
-  double unshared_ = 1.0;          // nodes of the last pass over cropped windows, of `NodesAhead`
+  Pace pace_;
+  double unshared_ = 1.0;  // nodes of the last pass over cropped windows, of `NodesAhead`
 };
 
 }  // namespace tt

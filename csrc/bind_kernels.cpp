@@ -2,13 +2,13 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <string>
 #include <vector>
 
 #include "aligned_buffer.h"
 #include "binding_checks.h"
+#include "clock.h"
 #include "isa.h"
 #include "model.h"
 #include "ops.h"
@@ -207,17 +207,13 @@ double PeakGflops(const std::string& dtype, int num_threads, double seconds,
   ThreadPool pool(InRange("num_threads", num_threads, 1, 1024));
   InRange("seconds", seconds, 0.0, 60.0);
   const WithoutLock without_lock;  // nothing of Python is touched
-  using Clock = std::chrono::steady_clock;
-  const auto since = [](Clock::time_point begin) {
-    return std::chrono::duration<double>(Clock::now() - begin).count();
-  };
   std::vector<double> rates(pool.num_threads());
   pool.Run(pool.num_threads(), [&](int task, int) {
     const auto begin = Clock::now();
     double flops = 0.0;
     do flops += ops.peak_loop(20000, bf16);
-    while (since(begin) < seconds);
-    rates[task] = flops / since(begin) * 1e-9;
+    while (SecondsSince(begin) < seconds);
+    rates[task] = flops / SecondsSince(begin) * 1e-9;
   });
   double total = 0.0;
   for (double rate : rates) total += rate;

@@ -1,18 +1,13 @@
 #include "decoder.h"
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <cstring>
 
+#include "clock.h"
+
 namespace tt {
 namespace {
-
-using Clock = std::chrono::steady_clock;
-
-double SecondsSince(Clock::time_point begin) {
-  return std::chrono::duration<double>(Clock::now() - begin).count();
-}
 
 // n numbers, a multiple of kHeadPad: too few to call memcpy for.
 inline void CopyLanes(const float* from, size_t n, float* to) {
