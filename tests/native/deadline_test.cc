@@ -69,6 +69,7 @@ TEST(DeadlinesLeaveNoHalfStep) {
   const PlanSettings settings = DeadlineSettings(shape);
   const PlanRequest whole = OneOf(MakeRequest(shape, false), 3);
   PlanRequest cut = whole;
+  cut.trace = true;
   BeamSearch search = MakeSearch(shape, FindOps("auto"), false, 2);
   search.Plan(settings, whole);
   const double seconds = search.stats().seconds;
@@ -86,7 +87,8 @@ TEST(DeadlinesLeaveNoHalfStep) {
     search.ResetStats();
     const PlanResult got = search.Plan(settings, cut)[0];
     const int64_t branches = search.stats().branches;
-    if (got.num_beams < settings.beam_width) continue;
+    // on a busy machine the first step may have had fewer candidates: that is another plan
+    if (got.drawn[0].size() < static_cast<size_t>(settings.num_rows())) continue;
     num_cut += got.steps < settings.horizon;
     num_late += branches > branches_of(got.steps) - branches_of(1);
     PlanSettings part = settings;
