@@ -7,6 +7,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "clock.h"
+
 namespace tt {
 namespace {
 
@@ -26,7 +28,6 @@ void Pause() {
 // Waits until `done` holds of the value, first by looking, unless `look` is false, then asleep.
 template <typename T, typename Done>
 void WaitFor(std::atomic<T>& value, bool look, Done done) {
-  using Clock = std::chrono::steady_clock;
   for (auto end = Clock::now() + kLookTime; look; look = Clock::now() < end) {
     for (int i = 0; i < kLooks; ++i) {
       if (done(value.load(std::memory_order_acquire))) return;
