@@ -14,6 +14,14 @@ inline void CopyLanes(const float* from, size_t n, float* to) {
   for (size_t i = 0; i < n; i += kHeadPad) std::memcpy(to + i, from + i, kHeadPad * sizeof(float));
 }
 
+// Asks for the lines of so much memory.
+template <int kWrite>
+inline void AskFor(const void* from, size_t bytes) {
+  for (size_t i = 0; i < bytes; i += 64) {
+    __builtin_prefetch(static_cast<const char*>(from) + i, kWrite, 2);
+  }
+}
+
 // How much of its path a row has in common with the row before it.
 int SharedPath(const Pass& pass, int row) {
   const uint32_t *path = pass.path[row], *last = pass.path[row - 1];
@@ -160,16 +168,24 @@ void Decoder::Prefill() {
 }
 
 void Decoder::Embed(const Chunk& chunk) {
+  const int width = model_.shape.width();
+  for (int row = chunk.begin; row < chunk.end; ++row) {  // all at once, as they are far
+    AskFor<0>(TokenEmbedding(chunk.pass(), row), width * sizeof(float));
+  }
   for (int row = chunk.begin; row < chunk.end; ++row) {
     chunk.of.shared[row] = row > 0 ? SharedPath(chunk.pass(), row) : 0;
-    EmbedRow(chunk.pass(), row, RowOf(chunk.of.h, row, model_.shape.width()));
+    EmbedRow(chunk.pass(), row, RowOf(chunk.of.h, row, width));
   }
+}
+
+const float* Decoder::TokenEmbedding(const Pass& pass, int row) const {
+  return model_.embedding.data() +
+         static_cast<size_t>(pass.embedding_row[row]) * model_.shape.width();
 }
 
 void Decoder::EmbedRow(const Pass& pass, int row, float* out) const {
   const int width = model_.shape.width();
-  const float* token =
-      model_.embedding.data() + static_cast<size_t>(pass.embedding_row[row]) * width;
+  const float* token = TokenEmbedding(pass, row);
   if (pass.position[row] < 0) {
     std::memcpy(out, token, width * sizeof(float));
     return;
@@ -183,12 +199,13 @@ void Decoder::AttentionInput(const Chunk& chunk, int layer, bool keys_only) {
   const Pass& pass = chunk.pass();
   Scratch& scratch = chunk.scratch;
   const int attn = model_.shape.attn_width();
-  PrefetchKeys(chunk, layer);
   if (layer == 0) {
+    PrefetchKeys(chunk, layer);
     FirstInput(chunk);
   } else {
     Normalise(weights.ln1_gamma, weights.ln1_beta, chunk, weights.kvq);
     if (IsOneBlock(chunk)) return ProjectInPlace(chunk, layer, keys_only);
+    PrefetchKeys(chunk, layer);
     Gemm(weights.kvq.view(), keys_only ? 2 * attn : 3 * attn, scratch.normed.data(),
          model_.shape.width(), chunk.count(), scratch.kvq.data(), 3 * attn, false, scratch);
   }
@@ -275,10 +292,8 @@ void Decoder::PrefetchKeys(const Chunk& chunk, int layer) {
   for (int row = chunk.begin; row < chunk.end; ++row) {
     for (int bundle = 0; bundle < model_.head_layout.num_bundles; ++bundle) {
       const std::byte* key = KeyOf(layer, bundle, chunk.pass().node[row]);
-      for (size_t i = 0; i < key_bytes; i += 64) {
-        __builtin_prefetch(key + i, 1, 2);
-        __builtin_prefetch(key + bundle_bytes + i, 1, 2);
-      }
+      AskFor<1>(key, key_bytes);
+      AskFor<1>(key + bundle_bytes, key_bytes);
     }
   }
 }

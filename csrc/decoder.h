@@ -100,6 +100,7 @@ class Decoder {
 
   // Steps over the rows of a chunk.
   void Embed(const Chunk& chunk);
+  const float* TokenEmbedding(const Pass& pass, int row) const;
   void EmbedRow(const Pass& pass, int row, float* out) const;
   void AttentionInput(const Chunk& chunk, int layer, bool keys_only);
   void FirstInput(const Chunk& chunk);

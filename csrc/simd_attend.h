@@ -2,148 +2,9 @@
 // values, float32 or bfloat16; float16 is in fp16_attend.h. Included by simd_ops.h.
 //
 // No include guard and nothing but anonymous namespaces: each instruction set has its own copy.
+#include "simd_keys.h"
 
 namespace {
-
-// ---- attention: a key, or a value, in registers ----
-//
-// Two vectors of bfloat16 are loaded at once, numbers with even indices into one and those with odd
-// indices into the other, as a pair of them is in the place of a float32. Queries are loaded in the
-// same order, and sums of values are put back into theirs.
-
-template <int kVecs, typename Key>
-inline constexpr bool kInPairs = __is_same(Key, uint16_t) && kVecs % 2 == 0;
-
-// How keys and values are multiplied: as float32.
-template <typename Key>
-struct ArithmeticOf {
-  using Part = Vec;                   // of a key, with lanes for the same numbers of a query
-  static constexpr int kNumbers = 1;  // of a lane of Vec
-  static void StoreWeights(Vec weights, float* out) { weights.Store(out); }
-  static Vec AsPart(Vec weight) { return weight; }
-};
-template <typename Key>
-using PartOf = typename ArithmeticOf<Key>::Part;
-template <int kVecs, typename Key>
-inline constexpr int kPartsOf = kVecs / ArithmeticOf<Key>::kNumbers;
-
-template <int kVecs, typename Key>
-inline Vec LoadPart(const Key* x, int v) {
-  if constexpr (kInPairs<kVecs, Key>) {
-    const Key* pairs = x + v / 2 * 2 * kWidth;
-    return v % 2 == 0 ? Vec::LoadHalfPairs<0>(pairs) : Vec::LoadHalfPairs<1>(pairs);
-  } else {
-    return LoadNumbers(x + v * kWidth);
-  }
-}
-
-template <int kVecs, typename Key>
-inline void LoadQuery(const float* q, float scale, Vec (&query)[kVecs]) {
-  UNROLL for (int v = 0; v < kVecs; ++v) query[v] = Vec::Load(q + v * kWidth) * Vec(scale);
-  if constexpr (kInPairs<kVecs, Key>) {
-    UNROLL for (int v = 0; v < kVecs; v += 2) {
-      const Vec lower = query[v], upper = query[v + 1];
-      query[v] = EvenLanes(lower, upper);
-      query[v + 1] = OddLanes(lower, upper);
-    }
-  }
-}
-
-template <int kVecs, typename Key>
-inline void StoreInOrder(const Vec (&x)[kVecs], float* out) {
-  if constexpr (kInPairs<kVecs, Key>) {
-    UNROLL for (int v = 0; v < kVecs; v += 2) {
-      ZipLower(x[v], x[v + 1]).Store(out + v * kWidth);
-      ZipUpper(x[v], x[v + 1]).Store(out + (v + 1) * kWidth);
-    }
-  } else {
-    UNROLL for (int v = 0; v < kVecs; ++v) x[v].Store(out + v * kWidth);
-  }
-}
-
-// Vectors of sums that registers hold, of each of two rows.
-constexpr int kMostSums = kRegisters / 4;
-
-// Sums over lanes still to come, q . key, of some rows and keys. What rows share is loaded once for
-// all of them; so are parts of queries for all keys, where registers do not hold whole queries.
-template <int kVecs, int kRows, int kKeys, typename Key>
-inline void DotVecs(const PartOf<Key> (&q)[kRows][kPartsOf<kVecs, Key>], const Key* const* key,
-                    PartOf<Key> (*sums)[kKeys]) {
-  constexpr int kParts = kPartsOf<kVecs, Key>, kBlock = kKeys < kMostSums ? kKeys : kMostSums;
-  static_assert(kKeys % kBlock == 0);
-  UNROLL for (int block = 0; block < kKeys; block += kBlock) {
-    UNROLL for (int v = 0; v < kParts; ++v) {
-      PartOf<Key> query[kRows];
-      UNROLL for (int r = 0; r < kRows; ++r) {
-        query[r] = q[r][v];
-        // 1: the part of a key
-        if constexpr (kRows * (kParts + kBlock) + 1 > kRegisters) Keep(query[r]);
-      }
-      UNROLL for (int i = block; i < block + kBlock; ++i) {
-        PartOf<Key> part = LoadPart<kVecs>(key[i], v);
-        if constexpr (kRows > 1) Keep(part);
-        UNROLL for (int r = 0; r < kRows; ++r) {
-          sums[r][i] = v == 0 ? query[r] * part : Fma(query[r], part, sums[r][i]);
-        }
-      }
-    }
-  }
-}
-
-// ---- attention: memory ----
-//
-// Half of a plan's keys and values are one row's alone, too many for the second cache, and all over
-// the place. While rows are at what they share, which is near, lines of what is theirs alone are
-// asked for, about as many as the third cache delivers in that time: more would be dropped.
-
-// What each row has on its path and the row before it has not.
-struct FreshNodes {
-  const uint32_t* nodes;
-  int begin[tt::kMaxRows + 1];  // in `nodes`, of a row
-};
-
-inline FreshNodes CollectFresh(const AttendArgs& args) {
-  FreshNodes fresh;
-  fresh.nodes = args.fresh;
-  int count = 0;
-  for (int r = 0; r < args.rows; ++r) {
-    fresh.begin[r] = count;
-    for (int j = args.shared[r]; j < args.lens[r]; ++j) args.fresh[count++] = args.paths[r][j];
-  }
-  fresh.begin[args.rows] = count;
-  return fresh;
-}
-
-// Asks for the fresh keys, or values, of rows [begin, end), a line at a time.
-template <int kVecs, typename Key>
-struct Prefetcher {
-  static constexpr int kBytes = kVecs * kWidth * sizeof(Key);
-  const Key* base = nullptr;  // keys or values of one bundle
-  const uint32_t* next = nullptr;
-  const uint32_t* end = nullptr;
-  int byte = 0;  // of the next node
-
-  Prefetcher() = default;
-  Prefetcher(const Key* base, const FreshNodes& fresh, int begin, int end)
-      : base(base), next(fresh.nodes + fresh.begin[begin]), end(fresh.nodes + fresh.begin[end]) {}
-
-  inline __attribute__((always_inline)) void Ask(int num_lines) {
-    for (int i = 0; i < num_lines && next < end; ++i) {
-      __builtin_prefetch(reinterpret_cast<const char*>(base + *next) + byte, 0, 3);
-      byte += kLine;
-      if (byte < kBytes) continue;
-      byte = 0;
-      ++next;
-    }
-  }
-
-  // The next row's: those of rows before have been read.
-  void SkipTo(const uint32_t* node) {
-    if (next >= node) return;
-    next = node;
-    byte = 0;
-  }
-};
 
 // ---- attention: three steps of one bundle of heads, QK, exp, weighted sum ----
 //
@@ -205,8 +66,9 @@ inline void MaskScores(float* scores, int len) {
 template <int kRows, int kHeads, int kVecs, typename Key>
 inline void DotKeys(const float* q, size_t q_stride, float scale, const Key* keys,
                     const uint32_t* path, int begin, int end, float* scores, size_t scores_size,
-                    Prefetcher<kVecs, Key>& prefetcher) {
+                    Prefetcher<kVecs, Key>& asks) {
   constexpr int kLanes = kLanesOf<kHeads>;
+  Prefetcher<kVecs, Key> prefetcher = asks;  // in registers, whatever the scores are stored over
   PartOf<Key> query[kRows][kPartsOf<kVecs, Key>];
   UNROLL for (int r = 0; r < kRows; ++r) {
     LoadQuery<kVecs, Key>(q + r * q_stride, scale, query[r]);
@@ -226,6 +88,7 @@ inline void DotKeys(const float* q, size_t q_stride, float scale, const Key* key
       SumEach(partial[r]).Store(scores + r * scores_size + j * kHeads);
     }
   }
+  asks = prefetcher;
 }
 
 // scores = exp(scores - max of the head); returns one over their sum, of each head.
@@ -317,28 +180,38 @@ inline Chains<kVecs, Key> AddValues(Chains<kVecs, Key> chains, const float* weig
   return chains;
 }
 
-// Of a row and the next one, values [0, end).
+// Of a row and the next one, values [begin, end); both are multiples of kValues. `chains` are of
+// the two rows.
 template <int kHeads, int kVecs, typename Key, typename Prefetch>
 inline void AddSharedValues(const float* weights, size_t stride, const Key* values,
-                            const uint32_t* path, int end, Chains<kVecs, Key>* out,
+                            const uint32_t* path, int begin, int end, Chains<kVecs, Key>* chains,
                             Prefetch& prefetcher) {
   if constexpr (kPartsOf<kVecs, Key> > kMostSums) {  // half after half
     constexpr int kHalf = kVecs / 2;
-    UNROLL for (int begin = 0; begin < kVecs; begin += kHalf) {
-      Chains<kHalf, Key> both[2];  // of the two rows
-      AddSharedValues<kHeads, kHalf>(weights, stride, values + begin * kWidth, path, end, both,
-                                     prefetcher);
-      static_assert(both[0].kChains == 1);
+    UNROLL for (int first = 0; first < kVecs; first += kHalf) {
+      Chains<kHalf, Key> half[2];
+      static_assert(half[0].kChains == 1);
+      if (begin > 0) {
+        UNROLL for (int v = 0; v < kHalf; ++v) {
+          UNROLL for (int r = 0; r < 2; ++r) half[r].sums[0][v] = chains[r].sums[0][first + v];
+        }
+      }
+      AddSharedValues<kHeads, kHalf>(weights, stride, values + first * kWidth, path, begin, end,
+                                     half, prefetcher);
       UNROLL for (int v = 0; v < kHalf; ++v) {
-        out[0].sums[0][begin + v] = both[0].sums[0][v];
-        out[1].sums[0][begin + v] = both[1].sums[0][v];
+        UNROLL for (int r = 0; r < 2; ++r) chains[r].sums[0][first + v] = half[r].sums[0][v];
       }
     }
   } else {
-    Chains<kVecs, Key> a, b;
-    Clear(a);
-    Clear(b);
-    for (int j = 0; j < end; j += kValues) {
+    Chains<kVecs, Key> a, b;  // in registers
+    if (begin == 0) {
+      Clear(a);
+      Clear(b);
+    } else {
+      a = chains[0];
+      b = chains[1];
+    }
+    for (int j = begin; j < end; j += kValues) {
       prefetcher.Ask(kValues);
       UNROLL for (int i = 0; i < kValues; ++i) {
         const int c = i % a.kChains;
@@ -356,62 +229,124 @@ inline void AddSharedValues(const float* weights, size_t stride, const Key* valu
       Settle(a, j + kValues);
       Settle(b, j + kValues);
     }
-    out[0] = a;
-    out[1] = b;
+    chains[0] = a;
+    chains[1] = b;
   }
 }
 
-// One bundle of rows [r, r + num_rows), at most kScoreRows: each step for all of them before the
-// next one, as a row alone would wait for its own maximum and sum. Pairs of rows share keys and
-// values.
+// ---- attention: blocks of rows ----
+
+// Keys, or values, that all rows of a block read before the next ones. The first cache holds two
+// strips; rows with fewer keys find what they share there anyway.
+template <int kVecs, typename Key>
+inline constexpr int kStrip = (16 << 10) / (kVecs * kWidth * sizeof(Key));
+
+// One bundle of rows [begin, end), at most kScoreRows: each step for all of them before the next
+// one, as a row alone would wait for its own maximum and sum. What all rows share is read in
+// strips; pairs of rows read what they share at once.
 template <int kHeads, int kVecs, typename Key>
-inline void AttendBlock(const AttendArgs& args, const FreshNodes& fresh, int bundle, int r,
-                        int num_rows) {
-  constexpr int kLanes = kLanesOf<kHeads>;
-  static_assert(kLanes % kValues == 0);
-  const int column = bundle * args.bundle_stride;
-  const Key* keys = static_cast<const Key*>(args.kv) + 2 * bundle * args.bundle_size;
-  const Key* values = keys + args.bundle_size;
-  const float* q = args.q + r * args.q_stride + column;
-  float* out = args.out + r * args.out_stride + column;
-  const uint32_t* const* paths = args.paths + r;
-  const int32_t* lens = args.lens + r;
-  int ends[tt::kScoreRows];  // what a pair does together
-  Vec scales[tt::kScoreRows];
-  const auto scores = [&args](int i) { return args.scores + i * args.scores_size; };
-  const auto last_of = [num_rows](int i) { return i + 1 < num_rows ? i + 1 : i; };  // of a pair
-  const auto fresh_of = [&](int i) { return fresh.nodes + fresh.begin[r + i]; };
+class AttendBlock {
+ public:
+  AttendBlock(const AttendArgs& args, const FreshNodes& fresh, int bundle, int begin, int end)
+      : args_(args),
+        fresh_(fresh),
+        first_(begin),
+        num_rows_(end - begin),
+        column_(bundle * args.bundle_stride),
+        keys_(static_cast<const Key*>(args.kv) + 2 * bundle * args.bundle_size) {
+    for (int i = 0; i < num_rows_; i += 2) ends_[i] = IsPair(i) ? Shared(i + 1) : 0;
+    if (num_rows_ < 3 || len(0) <= 2 * kStrip<kVecs, Key>) return;
+    common_ = Shared(1);
+    for (int i = 2; i < num_rows_; ++i) common_ = Shared(i) < common_ ? Shared(i) : common_;
+    if (num_rows_ % 2 > 0) ends_[num_rows_ - 1] = common_;
+  }
 
-  Prefetcher<kVecs, Key> asks_keys(keys, fresh, r, r + num_rows);
-  for (int i = 0; i < num_rows; i += 2) {
-    ends[i] = last_of(i) > i ? args.shared[r + i + 1] / kLanes * kLanes : 0;
-    asks_keys.SkipTo(fresh_of(i));
-    if (ends[i] > 0) {
-      DotKeys<2, kHeads>(q + i * args.q_stride, args.q_stride, args.scale, keys, paths[i], 0,
-                         ends[i], scores(i), args.scores_size, asks_keys);
+  void Attend() {
+    Prefetcher<kVecs, Key> asks_keys(keys_, fresh_, first_, first_ + num_rows_);
+    InStrips([&](int i, int begin, int end) { DotPair(i, begin, end, asks_keys); });
+    for (int i = 0; i < num_rows_; i += 2) DotRest(i, asks_keys);
+    Prefetcher<kVecs, Key> asks_values(values(), fresh_, first_, first_ + num_rows_);
+    for (int i = 0; i < num_rows_; ++i) {
+      scales_[i] = ExpScores<kHeads>(scores(i), len(i), asks_values);
     }
-    for (int row = i; row <= last_of(i); ++row) {
-      DotKeys<1, kHeads>(q + row * args.q_stride, args.q_stride, args.scale, keys, paths[row],
-                         ends[i], lens[row], scores(row), args.scores_size, asks_keys);
-      MaskScores<kHeads>(scores(row), lens[row]);
+    InStrips([&](int i, int begin, int end) { AddPair(i, begin, end, asks_values); });
+    for (int i = 0; i < num_rows_; i += 2) AddRest(i, asks_values);
+  }
+
+ private:
+  using Asks = Prefetcher<kVecs, Key>;
+  static constexpr int kLanes = kLanesOf<kHeads>;
+  static_assert(kLanes % kValues == 0 && kStrip<kVecs, Key> % kLanes == 0);
+
+  const Key* values() const { return keys_ + args_.bundle_size; }
+  const uint32_t* path(int i) const { return args_.paths[first_ + i]; }
+  int len(int i) const { return args_.lens[first_ + i]; }
+  float* scores(int i) const { return args_.scores + i * args_.scores_size; }
+  const uint32_t* fresh(int i) const { return fresh_.nodes + fresh_.begin[first_ + i]; }
+  // By a row and the one before it, of this block: whole vectors of scores.
+  int Shared(int i) const { return args_.shared[first_ + i] / kLanes * kLanes; }
+  // Rows i and i + 1, unless i is the last one.
+  bool IsPair(int i) const { return i + 1 < num_rows_; }
+  int EndOfPair(int i) const { return IsPair(i) ? i + 2 : i + 1; }
+
+  // f(i, begin, end): of what all rows share, keys [begin, end) by rows i and i + 1.
+  template <typename F>
+  void InStrips(F&& f) const {
+    for (int begin = 0; begin < common_; begin += kStrip<kVecs, Key>) {
+      const int end = begin + kStrip<kVecs, Key> < common_ ? begin + kStrip<kVecs, Key> : common_;
+      for (int i = 0; i < num_rows_; i += 2) f(i, begin, end);
     }
   }
-  Prefetcher<kVecs, Key> asks_values(values, fresh, r, r + num_rows);
-  for (int i = 0; i < num_rows; ++i) {
-    scales[i] = ExpScores<kHeads>(scores(i), lens[i], asks_values);
+
+  template <int kRows>
+  void Dot(int i, int begin, int end, Asks& asks) const {
+    const float* q = args_.q + (first_ + i) * args_.q_stride + column_;
+    DotKeys<kRows, kHeads>(q, args_.q_stride, args_.scale, keys_, path(i), begin, end, scores(i),
+                           args_.scores_size, asks);
   }
-  for (int i = 0; i < num_rows; i += 2) {
-    asks_values.SkipTo(fresh_of(i));
-    Chains<kVecs, Key> chains[2];
-    AddSharedValues<kHeads, kVecs>(scores(i), args.scores_size, values, paths[i], ends[i], chains,
-                                   asks_values);
-    for (int row = i; row <= last_of(i); ++row) {
-      StoreTotal(AddValues<kHeads, kVecs>(chains[row - i], scores(row), values, paths[row], ends[i],
-                                          lens[row], asks_values),
-                 scales[row], out + row * args.out_stride);
+  void DotPair(int i, int begin, int end, Asks& asks) const {
+    IsPair(i) ? Dot<2>(i, begin, end, asks) : Dot<1>(i, begin, end, asks);
+  }
+  void DotRest(int i, Asks& asks) const {
+    asks.SkipTo(fresh(i));
+    if (ends_[i] > common_) DotPair(i, common_, ends_[i], asks);
+    for (int row = i; row < EndOfPair(i); ++row) {
+      Dot<1>(row, ends_[i], len(row), asks);
+      MaskScores<kHeads>(scores(row), len(row));
     }
   }
-}
+
+  // The first call, begin = 0, is the one that clears the sums.
+  void AddPair(int i, int begin, int end, Asks& asks) {
+    if (IsPair(i)) {
+      AddSharedValues<kHeads, kVecs>(scores(i), args_.scores_size, values(), path(i), begin, end,
+                                     chains_ + i, asks);
+    } else {
+      if (begin == 0) Clear(chains_[i]);
+      chains_[i] =
+          AddValues<kHeads, kVecs>(chains_[i], scores(i), values(), path(i), begin, end, asks);
+    }
+  }
+  void AddRest(int i, Asks& asks) {
+    asks.SkipTo(fresh(i));
+    if (common_ == 0 || ends_[i] > common_) AddPair(i, common_, ends_[i], asks);
+    for (int row = i; row < EndOfPair(i); ++row) {
+      float* out = args_.out + (first_ + row) * args_.out_stride + column_;
+      StoreTotal(AddValues<kHeads, kVecs>(chains_[row], scores(row), values(), path(row), ends_[i],
+                                          len(row), asks),
+                 scales_[row], out);
+    }
+  }
+
+  const AttendArgs& args_;
+  const FreshNodes& fresh_;
+  const int first_, num_rows_, column_;
+  const Key* const keys_;     // of the bundle
+  int common_ = 0;            // keys that all rows share
+  int ends_[tt::kScoreRows];  // what a pair does together, of its first row
+  Vec scales_[tt::kScoreRows];
+  Chains<kVecs, Key> chains_[tt::kScoreRows];
+};
 
 // Bundles outside, rows inside: neighbouring rows share most ancestors, which stay in a near cache.
 template <int kHeads, int kVecs, typename Key>
@@ -420,7 +355,7 @@ void AttendBundles(const AttendArgs& args) {
   for (int bundle = 0; bundle < args.num_bundles; ++bundle) {
     for (int r = 0; r < args.rows; r += tt::kScoreRows) {
       const int end = r + tt::kScoreRows < args.rows ? r + tt::kScoreRows : args.rows;
-      AttendBlock<kHeads, kVecs, Key>(args, fresh, bundle, r, end - r);
+      AttendBlock<kHeads, kVecs, Key>(args, fresh, bundle, r, end).Attend();
     }
   }
 }

@@ -312,6 +312,15 @@ inline void AddPair(const TileRows<kRows, float>& a, const float* w,
   AddProducts<1>(a, w, sums);
 }
 
+// Rows of c that a tile will write: keys and values of new nodes are in no near cache.
+template <int kRows>
+inline void AskForOutput(const float* c, size_t ldc) {
+  constexpr int kNumbers = kLine / sizeof(float);
+  UNROLL for (int r = 0; r < kRows; ++r) {
+    UNROLL for (int i = 0; i < kPanel; i += kNumbers) __builtin_prefetch(c + r * ldc + i, 1, 3);
+  }
+}
+
 // A tile of c: kRows rows times one panel. Its sums stay in registers over all of k. A line of
 // `next` is asked for in every step. For other types of numbers there may be another AddPair, or
 // another tile.
@@ -319,6 +328,7 @@ template <int kRows, typename Number, typename Weight>
 struct Tile {
   static void Multiply(const Number* a, size_t lda, const Weight* w, const char* next,
                        const float* bias, int k, float* c, size_t ldc, bool add) {
+    AskForOutput<kRows>(c, ldc);
     Vec sums[kRows][kTileVecs];
     UNROLL for (int r = 0; r < kRows; ++r) {
       UNROLL for (int v = 0; v < kTileVecs; ++v) sums[r][v] = Vec::Load(bias + v * kWidth);

@@ -23,9 +23,10 @@ struct AttendCase {
   std::vector<std::vector<uint32_t>> paths;
   std::vector<int32_t> lens, shared;
 
-  // A path is the first nodes of the row before it, up to all of them, then any others.
+  // A path is the first nodes of the row before it, up to all of them and at least that share of
+  // them, then any others.
   AttendCase(int num_heads, int head_dim, std::vector<int32_t> row_lens, double spread,
-             NumberType type, const Ops& ops)
+             NumberType type, const Ops& ops, double least_shared = 0.0)
       : rows(static_cast<int>(row_lens.size())),
         num_heads(num_heads),
         head_dim(head_dim),
@@ -46,7 +47,8 @@ struct AttendCase {
     }
     for (int r = 0; r < rows; ++r) {
       const int most = r == 0 ? 0 : std::min(lens[r], lens[r - 1]);
-      shared.push_back(most - (random.Below(2) == 0 ? 0 : random.Below(most + 1)));
+      const int others = static_cast<int>((1.0 - least_shared) * most);
+      shared.push_back(most - (random.Below(2) == 0 ? 0 : random.Below(others + 1)));
       AddPath(lens[r], shared[r], random);
     }
   }
@@ -236,6 +238,25 @@ TEST(AttendRowsOfDifferentLengths) {
     std::vector<int32_t> lens = {1, 70, 2, 16, 17, 15, 70, 33, 4, 3, 8, 31, 32};
     for (int i = 0; i < 25; ++i) lens.push_back(40 + i % 3);  // as in a plan
     for (int num_heads : {2, 3, 8}) CheckTables(num_heads, head_dim, lens, 1.0);
+  }
+}
+
+// What all rows of a block share is more than the first cache holds; blocks of 8, of 3 and of 2.
+TEST(AttendLongRowsThatShareMuch) {
+  for (NumberType type : {NumberType::kFloat32, NumberType::kBf16, NumberType::kFp16}) {
+    for (const Ops* ops : TestedOps()) {
+      for (int head_dim : {16, 32, 64}) {
+        const HeadLayout layout(4, head_dim, *ops, type != NumberType::kFloat32);
+        if (type == NumberType::kFp16 && !layout.fp16) continue;
+        const int size = type == NumberType::kFloat32 ? 4 : 2,
+                  len = 48 * 1024 / (layout.stride * size);
+        for (int rows : {3, 10, 11}) {
+          std::vector<int32_t> lens;
+          for (int i = 0; i < rows; ++i) lens.push_back(len + 5 * i % 7);
+          CheckAttend(*ops, AttendCase(4, head_dim, lens, 1.0, type, *ops, 0.9));
+        }
+      }
+    }
   }
 }
 
