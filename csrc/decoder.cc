@@ -284,8 +284,8 @@ void Decoder::ProjectInPlace(const Chunk& chunk, int layer, bool keys_only) {
   }
 }
 
-// Asks for the lines that keys and values will be written to, before the projection is computed or
-// read.
+// Asks for the lines that keys and values will be copied to, before the projection is computed or
+// read. Products that write them in place ask themselves.
 void Decoder::PrefetchKeys(const Chunk& chunk, int layer) {
   const size_t key_bytes = model_.head_layout.stride * model_.key_bytes();
   const size_t bundle_bytes = bundle_size() * model_.key_bytes();

@@ -1,6 +1,6 @@
 // Attention over keys and values in float16 with AVX-512, bundles of several heads only: what
-// simd_attend.h leaves open for other arithmetic than float32. Included by ops_avx512_fp16.cc,
-// after `Half`, a number, and `Halves`, a vector of twice kWidth of them.
+// simd_keys.h and simd_attend_steps.h leave open for other arithmetic than float32. Included by
+// ops_avx512_fp16.cc, after `Half`, a number, and `Halves`, a vector of twice kWidth of them.
 //
 // A score is summed in float16. So are weighted values, kFp16Values of them; sums of these are
 // float32, as are exponentials. No include guard, like simd_ops.h.

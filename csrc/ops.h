@@ -23,6 +23,9 @@ inline constexpr int kBundleNumbers = 4;
 inline constexpr int kMaxBundled = 32;
 // Rows whose attention scores are held at once; even, as rows go in pairs.
 inline constexpr int kScoreRows = 8;
+// Keys, or values, of a bundle that such rows read before the next ones: half of a first cache of
+// 32 KB. Queries, scores, sums and lines on their way take the rest.
+inline constexpr int kStripBytes = 16 << 10;
 // Most rows that one call of `gemm` or `attend` takes.
 inline constexpr int kMaxRows = 96;
 

@@ -1,5 +1,5 @@
 // Keys and values as attention reads them, in registers and on their way through the caches.
-// Included by simd_attend.h.
+// Included by simd_attend_steps.h.
 //
 // No include guard and nothing but anonymous namespaces: each instruction set has its own copy.
 

@@ -312,7 +312,8 @@ inline void AddPair(const TileRows<kRows, float>& a, const float* w,
   AddProducts<1>(a, w, sums);
 }
 
-// Rows of c that a tile will write: keys and values of new nodes are in no near cache.
+// Rows of c that a tile will write: keys and values of new nodes, where float32 products write them
+// in place, and rows of a long pass are in no near cache.
 template <int kRows>
 inline void AskForOutput(const float* c, size_t ldc) {
   constexpr int kNumbers = kLine / sizeof(float);

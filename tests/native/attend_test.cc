@@ -23,8 +23,8 @@ struct AttendCase {
   std::vector<std::vector<uint32_t>> paths;
   std::vector<int32_t> lens, shared;
 
-  // A path is the first nodes of the row before it, up to all of them and at least that share of
-  // them, then any others.
+  // A path is the first nodes of the row before it, between least_shared of them and all, then any
+  // others.
   AttendCase(int num_heads, int head_dim, std::vector<int32_t> row_lens, double spread,
              NumberType type, const Ops& ops, double least_shared = 0.0)
       : rows(static_cast<int>(row_lens.size())),
@@ -241,19 +241,30 @@ TEST(AttendRowsOfDifferentLengths) {
   }
 }
 
-// What all rows of a block share is more than the first cache holds; blocks of 8, of 3 and of 2.
-TEST(AttendLongRowsThatShareMuch) {
+// Three strips a row: shared by a whole block, or by less of it than a strip, or not at all. Blocks
+// of 8, of 3, of 2 and of 5 rows; all as long, and no path longer than there is room for scores, or
+// not.
+TEST(AttendInStrips) {
+  struct Rows {
+    int count;
+    double least_shared;
+    bool even;
+  };
   for (NumberType type : {NumberType::kFloat32, NumberType::kBf16, NumberType::kFp16}) {
     for (const Ops* ops : TestedOps()) {
-      for (int head_dim : {16, 32, 64}) {
-        const HeadLayout layout(4, head_dim, *ops, type != NumberType::kFloat32);
-        if (type == NumberType::kFp16 && !layout.fp16) continue;
-        const int size = type == NumberType::kFloat32 ? 4 : 2,
-                  len = 48 * 1024 / (layout.stride * size);
-        for (int rows : {3, 10, 11}) {
-          std::vector<int32_t> lens;
-          for (int i = 0; i < rows; ++i) lens.push_back(len + 5 * i % 7);
-          CheckAttend(*ops, AttendCase(4, head_dim, lens, 1.0, type, *ops, 0.9));
+      for (int head_dim : {16, 32, 64, 128}) {
+        for (int num_heads : {3, 4}) {
+          const HeadLayout layout(num_heads, head_dim, *ops, type != NumberType::kFloat32);
+          if (type == NumberType::kFp16 && !layout.fp16) continue;
+          const int size = type == NumberType::kFloat32 ? 4 : 2;
+          const int len = 3 * kStripBytes / (layout.stride * size);
+          for (const Rows& rows :
+               {Rows{3, 0.9, false}, Rows{10, 0.0, true}, Rows{13, 0.8, false}}) {
+            std::vector<int32_t> lens;
+            for (int i = 0; i < rows.count; ++i) lens.push_back(rows.even ? len : len + 5 * i % 7);
+            CheckAttend(*ops,
+                        AttendCase(num_heads, head_dim, lens, 1.0, type, *ops, rows.least_shared));
+          }
         }
       }
     }
